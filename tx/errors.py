@@ -1,0 +1,54 @@
+"""The exception tree. Every message says which field, what was given, and what is accepted.
+
+TxError
+├── InvalidInput        the request is wrong; its author can fix it (HTTP 400, future category "user")
+│   ├── NotFound        it names something that does not exist here (HTTP 404)
+│   ├── TooLarge        a body or a decompressed body past its limit (HTTP 413)
+│   └── Unsupported     a feature of the protocol that tx refuses by name (HTTP 400)
+├── Overloaded          come back later (HTTP 429)
+├── ModelLost           device state is gone and could not be rebuilt (future category "server")
+└── StartupError        the process can't start; one sentence for the terminal, exit code 2
+"""
+
+from __future__ import annotations
+
+
+class TxError(Exception):
+    """Root of everything tx raises on purpose."""
+
+
+class InvalidInput(TxError):
+    """The request is wrong. ``field`` names the offending field by its protocol name."""
+
+    def __init__(self, field: str, got: object, accepted: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: got {_short(got)}, accepted: {accepted}")
+
+
+class NotFound(InvalidInput):
+    """The request names something that does not exist here."""
+
+
+class TooLarge(InvalidInput):
+    """A body is past its size limit."""
+
+
+class Unsupported(InvalidInput):
+    """A feature of the protocol that tx refuses by name."""
+
+
+class Overloaded(TxError):
+    """The service has as much queued as it accepts; try again later."""
+
+
+class ModelLost(TxError):
+    """Device state is gone and could not be rebuilt."""
+
+
+class StartupError(TxError):
+    """The process can't start; the message is one sentence for the terminal."""
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = value if isinstance(value, str) and " " in value else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
