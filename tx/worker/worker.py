@@ -1,0 +1,226 @@
+"""Worker: the one object the engine calls; the base model, its adapters, the trainer and the sampler on one mesh.
+
+Its surface is numpy and plain dataclasses (``tx.types``); it knows neither SQL nor HTTP. It is driven by one thread:
+``submit_*`` checks a request and plans it, ``train_slice`` and ``sample_slice`` each do one bounded piece of device
+work and return the jobs that it finished, so that the caller alternates between the two as fairly as it likes.
+Everything else acts at once on one model or one snapshot. A caller's mistake raises ``tx.errors.InvalidInput`` before
+any state has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from transformers import AutoTokenizer
+
+from tx import types
+from tx.errors import InvalidInput, NotFound, StartupError
+from tx.models.loading import LoadedModel, load_model
+from tx.worker.adapters import AdapterStore
+from tx.worker.generator import Generator
+from tx.worker.mesh import make_mesh
+from tx.worker.snapshots import SnapshotStore
+from tx.worker.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+CPU_DECODE_SLOTS = 16
+"""Decoding on CPU is compute-bound past about 16 rows: more slots add latency, not tokens per second."""
+GPU_DECODE_SLOTS = 256
+
+CPU_MICRO_BATCH_TOKENS = 2048
+GPU_MICRO_BATCH_TOKENS = 8192
+"""Past a few thousand tokens the matrix products are compute-bound, and a larger micro-batch only delays sampling."""
+
+
+class Worker:
+    """A loaded base model with everything that trains and samples on it.
+
+    Args:
+        model_folder: a Hugging Face folder (config.json, safetensors, tokenizer).
+        base_model: the id under which the service lists it.
+        dtype: "float32", "bfloat16" or "auto" (float32 on CPU, bfloat16 elsewhere).
+        train_micro_batch_tokens: padded tokens of one training micro-batch, 0 chooses.
+        sample_max_num_sequences: decode slots, 0 chooses.
+        progress: called with (bytes read, bytes in all) while weights load.
+
+    Raises:
+        StartupError: the folder, the model family or the mesh doesn't work here.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        base_model: str,
+        *,
+        dtype: str = "auto",
+        max_lora_adapters: int = 32,
+        max_lora_rank: int = 32,
+        data_parallel_size: int = 1,
+        fully_sharded_data_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        tensor_parallel_size: int = 1,
+        train_micro_batch_size: int = 0,
+        train_micro_batch_tokens: int = 0,
+        sample_max_num_sequences: int = 0,
+        gradient_checkpointing: bool = False,
+        shard_attention_heads: bool = True,
+        enforce_eager: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        on_cpu = jax.default_backend() == "cpu"
+        if dtype == "auto":
+            dtype = "float32" if on_cpu else "bfloat16"
+        if enforce_eager:
+            jax.config.update("jax_disable_jit", True)
+        mesh = make_mesh(
+            data_parallel_size, fully_sharded_data_parallel_size, expert_parallel_size, tensor_parallel_size
+        )
+        self._max_rank = max_lora_rank
+        self._model: LoadedModel = load_model(
+            model_folder, mesh, _DTYPES[dtype], shard_attention_heads=shard_attention_heads, progress=progress
+        )
+        config = self._model.config
+        self.card = types.ModelCard(
+            base_model=base_model,
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+            eos_token_ids=config.eos_token_ids,
+            num_params=self._model.num_params,
+            weight_bytes=self._model.weight_bytes,
+        )
+        self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters)
+        self._snapshots = SnapshotStore(self._model, max_resident=max_lora_adapters)
+        self._trainer = Trainer(
+            self._model,
+            self._adapters,
+            micro_batch_tokens=train_micro_batch_tokens
+            or (CPU_MICRO_BATCH_TOKENS if on_cpu else GPU_MICRO_BATCH_TOKENS),
+            micro_batch_rows=train_micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            max_context=self.card.max_context,
+        )
+        self._generator = Generator(
+            self._model,
+            max_slots=sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS),
+            max_context=self.card.max_context,
+            eos_token_ids=config.eos_token_ids,
+            detokenize=_detokenizer(model_folder),
+        )
+
+    # ---- models -----------------------------------------------------------------------------------------------
+
+    def create_model(self, model_id: str, lora: types.LoraConfig) -> None:
+        """A fresh adapter; raises InvalidInput if its rank is not in [1, --max-lora-rank]."""
+        self._check_rank(lora)
+        self._adapters.create(model_id, lora)
+
+    def drop_model(self, model_id: str) -> None:
+        """Forget a model and its queued training; unknown ids are fine."""
+        self._trainer.discard(model_id)
+        self._adapters.drop(model_id)
+
+    def has_model(self, model_id: str) -> bool:
+        """Whether the model lives here, on the device or parked."""
+        return model_id in self._adapters
+
+    def export_model(self, model_id: str) -> types.ModelState:
+        """A host copy of weights, moments and step count."""
+        self._require(model_id)
+        return self._adapters.export(model_id)
+
+    def restore_model(self, model_id: str, state: types.ModelState, with_optimizer: bool) -> None:
+        """Put a saved state into the model, created if absent; accumulated gradients are cleared."""
+        self._check_rank(state.lora)
+        self._adapters.restore(model_id, state, with_optimizer)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def submit_forward_backward(self, job_id: int, request: types.ForwardBackward) -> None:
+        """Check and queue one request; raises InvalidInput naming the field, and then nothing has changed."""
+        self._require(request.model_id)
+        self._trainer.submit(job_id, request)
+
+    @property
+    def training(self) -> bool:
+        """Whether ``train_slice`` has something to do."""
+        return self._trainer.has_work
+
+    def train_slice(self) -> list[types.Finished]:
+        """Run one micro-batch; the jobs that it completed or that failed."""
+        return self._trainer.slice()
+
+    def optim_step(self, model_id: str, params: types.AdamParams) -> dict[str, float]:
+        """One AdamW step of one model from its accumulated gradients; the step's metrics."""
+        self._require(model_id)
+        return self._trainer.optim_step(model_id, params)
+
+    # ---- snapshots and sampling -------------------------------------------------------------------------------
+
+    def take_snapshot(self, model_id: str, snapshot_id: str) -> None:
+        """Freeze the model's present weights under ``snapshot_id``; InvalidInput if they are not finite."""
+        self._require(model_id)
+        state = self._adapters.state(model_id)
+        self._snapshots.take(snapshot_id, state.weights, self._adapters.lora(model_id))
+
+    def load_snapshot(self, snapshot_id: str, state: types.ModelState) -> None:
+        """A snapshot from saved weights."""
+        self._check_rank(state.lora)
+        self._snapshots.load(snapshot_id, state)
+
+    def has_snapshot(self, snapshot_id: str) -> bool:
+        """Whether the snapshot lives here, on the device or parked."""
+        return snapshot_id in self._snapshots
+
+    def drop_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot; rows that are decoding with it keep their copy until they finish."""
+        self._snapshots.drop(snapshot_id)
+
+    def submit_sample(self, job_id: int, request: types.SampleRequest, snapshot_id: str | None) -> None:
+        """Check and queue one request (``snapshot_id`` None is the base model); raises InvalidInput."""
+        if snapshot_id is not None and snapshot_id not in self._snapshots:
+            raise NotFound("model_path", snapshot_id, "sampler weights that exist")
+        snapshot = None if snapshot_id is None else self._snapshots.get(snapshot_id)
+        self._generator.submit(job_id, request, snapshot)
+
+    def cancel_sample(self, job_id: int) -> None:
+        """Free the request's slots at the next slice; it will not be reported as finished."""
+        self._generator.cancel(job_id)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether ``sample_slice`` has something to do."""
+        return self._generator.has_work
+
+    def sample_slice(self) -> list[types.Finished]:
+        """Run one prefill batch or one decode slice; the requests that it finished."""
+        return self._generator.slice()
+
+    # ---- checks -----------------------------------------------------------------------------------------------
+
+    def _require(self, model_id: str) -> None:
+        if model_id not in self._adapters:
+            raise NotFound("model_id", model_id, "a model that exists on this server")
+
+    def _check_rank(self, lora: types.LoraConfig) -> None:
+        if not 1 <= lora.rank <= self._max_rank:
+            raise InvalidInput("lora_config.rank", lora.rank, f"1 to {self._max_rank} (--max-lora-rank)")
+        if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+            raise InvalidInput(
+                "lora_config", "nothing to train", "at least one of train_attn, train_mlp, train_unembed"
+            )
+
+
+def _detokenizer(model_folder: Path) -> Callable[[Sequence[int]], str]:
+    """Token ids to text with special tokens spelled out, as stop strings see it; StartupError without a tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"no usable tokenizer in {model_folder}: {error}") from error
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
