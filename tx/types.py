@@ -114,6 +114,7 @@ class SampleRequest:
     params: SamplingParams
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    record_stability_info: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+"""CSR against scipy, for random patterns."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+
+from tx.errors import TooLarge
+from tx.tinker.wire import tensors
+
+
+@given(rows=st.integers(0, 6), width=st.integers(1, 5), seed=st.integers(0, 1000), density=st.floats(0, 1))
+def test_densify_agrees_with_scipy(rows, width, seed, density):
+    rng = np.random.default_rng(seed)
+    dense = rng.integers(1, 100, (rows, width)) * (rng.random((rows, width)) < density)
+    csr = sparse.csr_array(dense)
+    out = tensors.densify(
+        csr.data.astype(np.int64), csr.indptr.astype(np.int64), csr.indices.astype(np.int64), [rows, width],
+        "target_tokens", tensors.Budget(1000),
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, dense)
+
+
+def test_the_budget_is_shared_by_the_tensors_of_a_request():
+    budget = tensors.Budget(10)
+    budget.spend(6, "a")
+    with pytest.raises(TooLarge, match="^b: "):
+        budget.spend(6, "b")
