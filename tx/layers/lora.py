@@ -1,0 +1,189 @@
+"""LoRA: the adapter's arrays, the one form in which they are applied, and the linear layer that applies them.
+
+There is one form for training, sampling one adapter and sampling several side by side::
+
+    delta = where(gate != 0, (x @ a) * gate, 0) @ b
+
+``gate[row, j]`` is the scaling of the adapter that owns rank column j if the row uses that adapter, else 0. One
+adapter is a gate full of its scaling. Several have their A's concatenated along rank and their B's too, so adapters of
+different ranks stand side by side at the cost of the sum of their ranks, not of a common maximum; a base-model row has
+a zero gate row. Products accumulate in float32 and the delta is added before the sum is rounded to the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from tx.layers.sharding import Axes, constrain, sharding
+from tx.layers.weights import Kernel, Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraWeights:
+    """One site's pair. a: [in, rank] or [expert, in, rank]; b: [rank, out] or [expert, rank, out]."""
+
+    a: Any
+    b: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """All sites of one adapter, or of several side by side.
+
+    ``layers[i]`` maps "q_proj", …, "down_proj" or "experts.gate_proj", … to weights; untrained sites are absent.
+    """
+
+    layers: tuple[dict[str, LoraWeights], ...]
+    unembed: LoraWeights | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdapterView:
+    """An adapter and who uses which of its columns. gate: [row, rank], expert_gate: [row, expert_rank].
+
+    Gates of one row count for every row.
+    """
+
+    adapter: Adapter
+    gate: Any
+    expert_gate: Any
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """A place that takes an adapter. ``name`` is "layers.3.q_proj", "layers.3.experts.gate_proj" or "unembed"."""
+
+    name: str
+    layer: int | None
+    key: str
+    group: str  # "attn", "mlp" or "unembed": the create_model flag that trains it
+    in_features: int
+    out_features: int
+    num_experts: int | None
+    in_axis: str
+    out_axis: str
+
+
+def expert_rank(rank: int, num_experts_per_tok: int) -> int:
+    """Rank of each expert's adapter, so that a token's active experts add up to ``rank`` (LoRA Without Regret)."""
+    return max(1, rank // max(1, num_experts_per_tok))
+
+
+def adapter_sharding(site: LoraSite, mesh: Mesh, rank: int = 1) -> LoraWeights:
+    """Where a site's ``a`` and ``b`` live (NamedShardings); dimensions that don't divide are replicated."""
+    lead_axes: tuple[str, ...] = () if site.num_experts is None else ("expert",)
+    lead_shape = () if site.num_experts is None else (site.num_experts,)
+
+    def place(axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        return sharding((*lead_axes, *axes), (*lead_shape, *shape), mesh, strict=False)
+
+    return LoraWeights(
+        a=place((site.in_axis, "rank"), (site.in_features, rank)),
+        b=place(("rank", site.out_axis), (rank, site.out_features)),
+    )
+
+
+def single_view(
+    adapter: Adapter, scaling: float | jax.Array, expert_scaling: float | jax.Array, rank: int, expert_rank: int
+) -> AdapterView:
+    """Every row uses this adapter; ``rank`` and ``expert_rank`` count columns, padding included."""
+    return AdapterView(
+        adapter=adapter,
+        gate=jnp.full((1, rank), scaling, jnp.float32),
+        expert_gate=jnp.full((1, expert_rank), expert_scaling, jnp.float32),
+    )
+
+
+def concatenate(adapters: Sequence[Adapter], ranks: Sequence[tuple[int, int]]) -> Adapter:
+    """Adapters side by side along rank; ``ranks[i]`` is adapter i's (rank, expert_rank) in columns.
+
+    A site that only some of them train gets zero columns for the others.
+    """
+    num_layers = len(adapters[0].layers)
+    layers = []
+    for layer in range(num_layers):
+        keys = sorted({key for adapter in adapters for key in adapter.layers[layer]})
+        layers.append({key: _join([a.layers[layer].get(key) for a in adapters], ranks) for key in keys})
+    heads = [adapter.unembed for adapter in adapters]
+    return Adapter(tuple(layers), None if all(head is None for head in heads) else _join(heads, ranks))
+
+
+def _join(sites: Sequence[LoraWeights | None], ranks: Sequence[tuple[int, int]]) -> LoraWeights:
+    model = next(site for site in sites if site is not None)
+    is_expert = model.a.ndim == 3
+    a, b = [], []
+    for site, (rank, rank_of_experts) in zip(sites, ranks, strict=True):
+        columns = rank_of_experts if is_expert else rank
+        if site is None:
+            a.append(jnp.zeros((*model.a.shape[:-1], columns), model.a.dtype))
+            b.append(jnp.zeros((*model.b.shape[:-2], columns, model.b.shape[-1]), model.b.dtype))
+        else:
+            a.append(site.a)
+            b.append(site.b)
+    return LoraWeights(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2))
+
+
+def pad_rank(adapter: Adapter, rank: int, expert_rank: int) -> Adapter:
+    """Zero columns up to these ranks; they add nothing and get exactly zero gradient."""
+
+    def pad(site: LoraWeights) -> LoraWeights:
+        extra = (expert_rank if site.a.ndim == 3 else rank) - site.a.shape[-1]
+        lead = [(0, 0)] * (site.a.ndim - 2)
+        return LoraWeights(jnp.pad(site.a, [*lead, (0, 0), (0, extra)]), jnp.pad(site.b, [*lead, (0, extra), (0, 0)]))
+
+    layers = tuple({key: pad(site) for key, site in layer.items()} for layer in adapter.layers)
+    return Adapter(layers, None if adapter.unembed is None else pad(adapter.unembed))
+
+
+def dot(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
+    """A product that accumulates in, and returns, float32."""
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+
+def lora_delta(
+    x: Float[Array, "row *seq inner"], lora: LoraWeights, gate: Float[Array, "gate_rows rank"]
+) -> Float[Array, "row *seq outer"]:
+    """What the adapters add to a linear layer's output, float32; ``gate_rows`` is the rows or 1."""
+    gate = gate.reshape(gate.shape[0], *(1,) * (x.ndim - 2), gate.shape[1])
+    inner = dot(x, lora.a.astype(x.dtype))
+    # where, not a product alone: another tenant's column may have overflowed, and 0 * inf would reach this row.
+    inner = jnp.where(gate != 0, inner * gate, 0.0)
+    return dot(inner.astype(x.dtype), lora.b.astype(x.dtype))
+
+
+class LoraLinear(nnx.Module):
+    """A frozen linear layer that takes an adapter."""
+
+    def __init__(
+        self, in_features: int, out_features: int, axes: Axes, *, bias: bool = False, mesh: Mesh | None = None
+    ) -> None:
+        self.weight = Kernel((in_features, out_features), axes)
+        self.bias = Weight((out_features,), (axes[1],), float32=True) if bias else None
+        # Weights cut over fsdp are gathered where they are used; only their embed axis is cut that way.
+        self.used_axes = tuple(None if axis == "embed" else axis for axis in axes)
+        self.mesh = mesh
+
+    def __call__(
+        self,
+        x: Float[Array, "row seq inner"],
+        lora: LoraWeights | None = None,
+        gate: Float[Array, "gate_rows rank"] | None = None,
+    ) -> Float[Array, "row seq outer"]:
+        """``x @ kernel + bias + delta``, rounded once."""
+        y = dot(x, constrain(self.weight.get_value(), self.used_axes, self.mesh))
+        if self.bias is not None:
+            y = y + self.bias.get_value()
+        if lora is not None and gate is not None:
+            y = y + lora_delta(x, lora, gate)
+        return y.astype(x.dtype)

@@ -1,0 +1,111 @@
+"""The layer loop: unrolled, every layer through one jitted function, optionally rematerialised.
+
+All layers of one kind share a trace and a lowered function, so tracing costs one layer, not all. Weights stay one
+array per layer: scanning over stacked ones costs decoding 2 to 3 times, which slices them at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from tx.layers.attention import Attention, AttentionShape
+from tx.layers.kv_cache import KVCache, LayerCache
+from tx.layers.lora import AdapterView, LoraWeights
+from tx.layers.mlp import GatedMlp
+from tx.layers.moe import SparseMlp
+from tx.layers.norm import RMSNorm
+from tx.layers.sharding import constrain
+
+RotaryTables = tuple[Float[Array, "row seq half"], Float[Array, "row seq half"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerLora:
+    """One layer's part of an AdapterView. gate: [row or 1, rank], expert_gate: [row or 1, expert_rank]."""
+
+    sites: dict[str, LoraWeights]
+    gate: Any
+    expert_gate: Any
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, attention: AttentionShape, mlp: GatedMlp | SparseMlp, *, eps: float, mesh: Mesh | None) -> None:
+        self.input_layernorm = RMSNorm(attention.embed, eps)
+        self.self_attn = Attention(attention, mesh)
+        self.post_attention_layernorm = RMSNorm(attention.embed, eps)
+        self.mlp = mlp
+        self.mesh = mesh
+
+    def __call__(
+        self,
+        x: Float[Array, "row seq embed"],
+        rope: RotaryTables,
+        positions: Int[Array, "row seq"],
+        lora: LayerLora,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "row seq embed"], LayerCache]:
+        """The residual stream after this layer, and the layer's keys and values."""
+        attended, kv = self.self_attn(self.input_layernorm(x), *rope, positions, lora.sites, lora.gate, cache)
+        x = constrain(x + attended, ("row", "seq", None), self.mesh)
+        mlp_gate = lora.expert_gate if isinstance(self.mlp, SparseMlp) else lora.gate
+        x = x + self.mlp(self.post_attention_layernorm(x), lora.sites, mlp_gate)
+        return constrain(x, ("row", "seq", None), self.mesh), kv
+
+
+def run_layers(
+    layers: Sequence[DecoderLayer],
+    x: Float[Array, "row seq embed"],
+    rope: RotaryTables,
+    positions: Int[Array, "row seq"],
+    *,
+    adapter: AdapterView | None,
+    cache: KVCache | None,
+    keep_kv: bool,
+    remat: bool,
+) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
+    """All layers in turn; the updated cache, or the fresh one if ``keep_kv``, or None.
+
+    ``remat`` keeps only each layer's input for the backward pass and computes the layer again there.
+    """
+    keep_kv = keep_kv or cache is not None
+    kept: list[LayerCache] = []
+    for index, layer in enumerate(layers):
+        graphdef, weights = nnx.split(layer)
+        lora = LayerLora({}, None, None)
+        if adapter is not None:
+            lora = LayerLora(adapter.adapter.layers[index], adapter.gate, adapter.expert_gate)
+        layer_cache = None if cache is None else (cache.k[index], cache.v[index])
+        call = partial(_run_layer, graphdef, keep_kv)
+        x, kv = (jax.checkpoint(call) if remat else call)(weights, x, rope, positions, lora, layer_cache)
+        if kv is not None:
+            kept.append(kv)
+    if not keep_kv:
+        return x, None
+    return x, KVCache(k=tuple(kv[0] for kv in kept), v=tuple(kv[1] for kv in kept))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(
+    graphdef: nnx.GraphDef[DecoderLayer],
+    keep_kv: bool,
+    weights: nnx.State,
+    x: Float[Array, "row seq embed"],
+    rope: RotaryTables,
+    positions: Int[Array, "row seq"],
+    lora: LayerLora,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "row seq embed"], LayerCache | None]:
+    layer = nnx.merge(graphdef, weights)
+    x, kv = layer(x, rope, positions, lora, cache)
+    return x, kv if keep_kv else None
