@@ -133,7 +133,7 @@ def test_a_broken_tensor_is_refused_by_name(tensor, field):
 
 
 def test_float_targets_and_images_are_refused():
-    with pytest.raises(InvalidInput, match="target_tokens.dtype"):
+    with pytest.raises(InvalidInput, match=r"target_tokens\.dtype"):
         decode(message(target_tokens=pb.Tensor(dtype=pb.DTYPE_FLOAT32, dense=b"\0" * 12)))
     request = message()
     request.data[0].model_input.add().image.data = b"png"

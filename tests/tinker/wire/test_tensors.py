@@ -25,5 +25,5 @@ def test_densify_agrees_with_scipy(rows, width, seed, density):
 def test_the_budget_is_shared_by_the_tensors_of_a_request():
     budget = tensors.Budget(10)
     budget.spend(6, "a")
-    with pytest.raises(TooLarge, match="^b: "):
+    with pytest.raises(TooLarge, match=r"^b: "):
         budget.spend(6, "b")

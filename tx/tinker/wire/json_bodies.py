@@ -15,7 +15,7 @@ from tx.errors import InvalidInput, Unsupported
 from tx.tinker.wire import tinker_pb2 as pb
 from tx.tinker.wire.tensors import MAX_DENSE_CELLS, Budget, as_input, densify, shaped
 
-_DTYPES = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
@@ -88,7 +88,7 @@ def _numbers(values: Any, where: str, dtype: np.dtype) -> np.ndarray:
     accepted = "a flat list of integers" if dtype.kind == "i" else "a flat list of numbers"
     if not isinstance(values, list):
         raise InvalidInput(where, values, accepted)
-    kinds = int if dtype.kind == "i" else (int, float)
+    kinds: type | tuple[type, ...] = int if dtype.kind == "i" else (int, float)
     if not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
         raise InvalidInput(where, values, accepted)
     try:
