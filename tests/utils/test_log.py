@@ -65,7 +65,8 @@ def test_python_warnings_reach_the_log(stream):
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (269e6, "269 MB"), (999.7e6, "1 GB"), (7.53e9, "7.53 GB"), (2e12, "2 TB")]
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (269e6, "269 MB"), (999.7e6, "1 GB"), (7.53e9, "7.53 GB"), (2e12, "2 TB")],
 )
 def test_human_bytes(count, text):
     assert log.human_bytes(count) == text
