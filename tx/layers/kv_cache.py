@@ -10,7 +10,7 @@ a request passes position 8, which is past the end, so its write is dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ CACHE_AXES = ("row", "length", "kv_heads", "head_dim")
 LayerCache = tuple[Float[Array, "row length kv_heads head_dim"], Float[Array, "row length kv_heads head_dim"]]
 
 
+@runtime_checkable
 class CacheShape(Protocol):
     """What a model's config says about its cache."""
 

@@ -259,7 +259,7 @@ def _place(experts: Int[Array, "line"], num_experts: int, block: int) -> tuple[A
 def _block(
     x: Float[Array, "line embed"], kernels: dict[str, Any], sites: dict[str, LoraWeights], gate: Any
 ) -> Float[Array, "line embed"]:
-    """Lines of one expert through that expert, float32 out. On a tp mesh this is a partial sum: it is linear in down."""
+    """Lines of one expert through that expert, float32 out; on a tp mesh a partial sum, as all is linear in down."""
 
     def project(name: str, inner: Any) -> Any:
         y = dot(inner, kernels[name])

@@ -97,15 +97,15 @@ def run_layers(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run_layer(
-    graphdef: nnx.GraphDef[DecoderLayer],
+    graphdef: Any,
     keep_kv: bool,
-    weights: nnx.State,
+    weights: Any,
     x: Float[Array, "row seq embed"],
     rope: RotaryTables,
     positions: Int[Array, "row seq"],
     lora: LayerLora,
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "row seq embed"], LayerCache | None]:
-    layer = nnx.merge(graphdef, weights)
+    layer: DecoderLayer = nnx.merge(graphdef, weights)
     x, kv = layer(x, rope, positions, lora, cache)
     return x, kv if keep_kv else None

@@ -16,26 +16,25 @@ from tx.layers.rotary import ROPE_KINDS, RopeConfig
 LLAMA, QWEN3, QWEN3_MOE = "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 ARCHITECTURES = (LLAMA, QWEN3, QWEN3_MOE)
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Bookkeeping, initialisation, generation defaults and training-only settings: no effect on logits.
-_HARMLESS = frozenset(
-    """architectures model_type torch_dtype dtype transformers_version initializer_range use_cache bos_token_id
+_HARMLESS = _words("""architectures model_type torch_dtype dtype transformers_version initializer_range use_cache bos_token_id
     pad_token_id unk_token_id sep_token_id decoder_start_token_id output_router_logits router_aux_loss_coef
     output_hidden_states output_attentions return_dict return_dict_in_generate chunk_size_feed_forward id2label label2id
-    problem_type name_or_path auto_map max_window_layers is_encoder_decoder is_decoder task_specific_params
-    tokenizer_class prefix finetuning_task language is_llama_config rope_interleaved torchscript use_bfloat16
+    problem_type name_or_path auto_map max_window_layers is_encoder_decoder task_specific_params
+    tokenizer_class prefix finetuning_task language is_llama_config torchscript use_bfloat16
     gradient_checkpointing max_length min_length temperature top_k top_p do_sample num_beams repetition_penalty
     length_penalty no_repeat_ngram_size num_return_sequences early_stopping unsloth_version unsloth_fixed
-    attn_implementation""".split()
-)
-_READ = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    attn_implementation""")
+_READ = _words("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     rms_norm_eps tie_word_embeddings max_position_embeddings attention_bias mlp_bias rope_theta rope_scaling
-    rope_parameters eos_token_id""".split()
-)
-_READ_MOE = frozenset(
-    """num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
-    mlp_only_layers""".split()
-)
+    rope_parameters eos_token_id""")
+_READ_MOE = _words("""num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+    mlp_only_layers""")
 # Fields with one value that we implement.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),

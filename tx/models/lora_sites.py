@@ -7,7 +7,7 @@ from tx.models.config import ModelConfig
 
 
 def lora_sites(config: ModelConfig) -> tuple[LoraSite, ...]:
-    """All sites in the order of the forward pass; names are "layers.3.q_proj", "layers.3.experts.up_proj", "unembed"."""
+    """All sites in the order of the forward pass; see LoraSite for their names."""
     embed, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
     sites: list[LoraSite] = []
