@@ -1,0 +1,282 @@
+"""Trainable adapters: what one tenant's training state is made of, and which of them are on the device.
+
+A state is float32 throughout and belongs to one model: no array is shared with another model, so that a step can't
+touch a neighbour. Ranks are padded with zeros to a power of two, which bounds the number of compiled programs; padding
+gets exactly zero gradient and is cut off on export.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from tx.errors import InvalidInput, NotFound
+from tx.layers.lora import Adapter, LoraSite, LoraWeights, adapter_sharding, expert_rank
+from tx.models.loading import LoadedModel
+from tx.models.lora_sites import lora_sites
+from tx.types import LoraConfig, ModelState
+from tx.worker.shapes import power_of_two
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """One model's trainable state.
+
+    Attributes:
+        weights, mu, nu: float32, of the padded rank.
+        grads: what forward_backwards have added up since the last step; None is zero.
+        step: optimizer steps taken since the moments were zero.
+    """
+
+    weights: Adapter
+    mu: Adapter
+    nu: Adapter
+    grads: Adapter | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """True and padded ranks of an adapter, of dense sites and of expert sites, with their scalings."""
+
+    dense: int
+    expert: int
+    scaling: float
+    expert_scaling: float
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(dense, expert) columns of the arrays."""
+        return power_of_two(self.dense), power_of_two(self.expert)
+
+
+def ranks(lora: LoraConfig, num_experts_per_tok: int) -> Ranks:
+    """What ``lora`` means on a model with this many active experts (0 is a dense model)."""
+    per_expert = expert_rank(lora.rank, num_experts_per_tok)
+    return Ranks(lora.rank, per_expert, lora.scaling, lora.alpha / per_expert)
+
+
+def trained_sites(sites: tuple[LoraSite, ...], lora: LoraConfig) -> tuple[LoraSite, ...]:
+    """The sites that this adapter has, by its train_attn, train_mlp and train_unembed."""
+    groups = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    return tuple(site for site in sites if groups[site.group])
+
+
+def site_shapes(site: LoraSite, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of (a, b) at this rank."""
+    lead = () if site.num_experts is None else (site.num_experts,)
+    return (*lead, site.in_features, rank), (*lead, rank, site.out_features)
+
+
+def initial_weights(site: LoraSite, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A uniform in ±1/sqrt(in), B zero ("LoRA Without Regret", and PEFT's default): the adapter starts as a no-op.
+
+    A depends on the seed and the site's name only, not on which other sites are trained.
+    """
+    shape_a, shape_b = site_shapes(site, rank)
+    rng = np.random.default_rng((seed & (2**64 - 1), zlib.crc32(site.name.encode())))
+    bound = 1.0 / math.sqrt(site.in_features)
+    return rng.uniform(-bound, bound, shape_a).astype(np.float32), np.zeros(shape_b, np.float32)
+
+
+class AdapterStore:
+    """Every model's training state, at most ``max_resident`` of them on the device.
+
+    The others are parked whole in host memory, the least recently used first, and come back when they are asked for.
+    """
+
+    def __init__(self, model: LoadedModel, max_resident: int) -> None:
+        self.max_resident = max(1, max_resident)
+        self._model = model
+        self._sites = lora_sites(model.config)
+        self._lora: dict[str, LoraConfig] = {}
+        self._resident: OrderedDict[str, TrainingState] = OrderedDict()
+        self._parked: dict[str, TrainingState] = {}
+
+    def __contains__(self, model_id: object) -> bool:
+        return model_id in self._lora
+
+    def create(self, model_id: str, lora: LoraConfig) -> None:
+        """A fresh model: initial weights, zero moments, no gradients, step 0."""
+        if model_id in self._lora:
+            raise InvalidInput("model_id", model_id, "an id that is not in use")
+        fresh = {}
+        for site in trained_sites(self._sites, lora):
+            fresh[site.name + ".lora_A"], fresh[site.name + ".lora_B"] = self._initial(site, lora)
+        self._put(model_id, lora, ModelState(lora, fresh))
+
+    def drop(self, model_id: str) -> None:
+        """Forget a model; unknown ids are fine."""
+        self._lora.pop(model_id, None)
+        self._resident.pop(model_id, None)
+        self._parked.pop(model_id, None)
+
+    def lora(self, model_id: str) -> LoraConfig:
+        """The model's config; NotFound if there is no such model."""
+        if model_id not in self._lora:
+            raise NotFound("model_id", model_id, "a model that exists on this server")
+        return self._lora[model_id]
+
+    def ranks(self, model_id: str) -> Ranks:
+        """True ranks, padded ranks and scalings of the model's adapter."""
+        return ranks(self.lora(model_id), self._model.config.num_experts_per_tok)
+
+    def state(self, model_id: str) -> TrainingState:
+        """The model's state on the device, restored if it was parked."""
+        lora = self.lora(model_id)
+        if model_id in self._parked:
+            parked = self._parked[model_id]
+            self._make_room()
+            self._resident[model_id] = self._to_device(parked, lora)
+            del self._parked[model_id]
+            log.debug("restored %s to the device", model_id)
+        self._resident.move_to_end(model_id)
+        return self._resident[model_id]
+
+    def replace(self, model_id: str, state: TrainingState) -> None:
+        """Put the model's next state in the place of its present one."""
+        self.lora(model_id)
+        self._parked.pop(model_id, None)
+        if model_id not in self._resident:
+            self._make_room()
+        self._resident[model_id] = state
+        self._resident.move_to_end(model_id)
+
+    def export(self, model_id: str) -> ModelState:
+        """A host copy at the true rank: weights, moments, step. Accumulated gradients are no part of it."""
+        lora = self.lora(model_id)
+        state = self._parked[model_id] if model_id in self._parked else self._resident[model_id]
+        weights, mu, nu = (self._named(jax.device_get(tree), lora) for tree in (state.weights, state.mu, state.nu))
+        return ModelState(lora, weights, mu, nu, state.step)
+
+    def restore(self, model_id: str, state: ModelState, with_optimizer: bool) -> None:
+        """Put a saved state into the model, created if absent; accumulated gradients are cleared.
+
+        Raises InvalidInput if it doesn't fit this base model or the model that is there; then nothing has changed.
+        A site that the saved adapter doesn't have at all (a PEFT adapter on some modules only) starts fresh.
+        """
+        lora = self._lora.get(model_id, state.lora)
+        for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
+            if getattr(lora, name) != getattr(state.lora, name):
+                got = f"a checkpoint with {name} {getattr(state.lora, name)}"
+                raise InvalidInput("path", got, f"one with {name} {getattr(lora, name)}, as the model has")
+        if with_optimizer and not (state.mu and state.nu):
+            raise InvalidInput(
+                "optimizer", "a checkpoint without optimizer state", "one that has it, or optimizer=false"
+            )
+        weights = self._checked(state.weights, lora, "weights", self._initial)
+        if not with_optimizer:
+            self._put(model_id, lora, ModelState(lora, weights))
+            return
+        zeros = lambda site, lora: tuple(np.zeros_like(part) for part in self._initial(site, lora))
+        mu, nu = (self._checked(moments, lora, "optimizer", zeros) for moments in (state.mu, state.nu))
+        self._put(model_id, lora, ModelState(lora, weights, mu, nu, state.step))
+
+    # ---- between ModelState's names and the pytree ------------------------------------------------------------
+
+    def _initial(self, site: LoraSite, lora: LoraConfig) -> tuple[np.ndarray, np.ndarray]:
+        return initial_weights(site, self._true_rank(site, lora), lora.seed)
+
+    def _true_rank(self, site: LoraSite, lora: LoraConfig) -> int:
+        true = ranks(lora, self._model.config.num_experts_per_tok)
+        return true.dense if site.num_experts is None else true.expert
+
+    def _checked(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        lora: LoraConfig,
+        what: str,
+        missing: Callable[[LoraSite, LoraConfig], tuple[np.ndarray, ...]],
+    ) -> dict[str, np.ndarray]:
+        """All arrays of the adapter, absent sites filled in by ``missing``; InvalidInput on any that doesn't fit."""
+        full: dict[str, np.ndarray] = {}
+        left = dict(arrays)
+        for site in trained_sites(self._sites, lora):
+            names = (site.name + ".lora_A", site.name + ".lora_B")
+            given = [left.pop(name, None) for name in names]
+            if given[0] is None and given[1] is None:
+                given = list(missing(site, lora))
+            shapes = site_shapes(site, self._true_rank(site, lora))
+            for name, array, shape in zip(names, given, shapes, strict=True):
+                if array is None or array.shape != shape:
+                    got = f"{what} with {name} of shape {None if array is None else array.shape}"
+                    raise InvalidInput("path", got, f"shape {shape} on this base model")
+                if not np.isfinite(array).all():
+                    raise InvalidInput("path", f"{what} with a non-finite {name}", "finite numbers")
+                full[name] = np.asarray(array, np.float32)
+        if left:
+            raise InvalidInput("path", f"{what} with {next(iter(left))}", "only sites that this model trains")
+        return full
+
+    def _put(self, model_id: str, lora: LoraConfig, state: ModelState) -> None:
+        """Host arrays become the model's state on the device; absent moments are zero."""
+        zeros = {name: np.zeros_like(array) for name, array in state.weights.items()}
+        weights, mu, nu = (
+            self._padded(arrays, lora) for arrays in (state.weights, state.mu or zeros, state.nu or zeros)
+        )
+        on_device = self._to_device(TrainingState(weights, mu, nu, None, state.step), lora)
+        self._lora[model_id] = lora
+        self.replace(model_id, on_device)
+
+    def _padded(self, arrays: Mapping[str, np.ndarray], lora: LoraConfig) -> Adapter:
+        def pad(site: LoraSite) -> LoraWeights:
+            a, b = arrays[site.name + ".lora_A"], arrays[site.name + ".lora_B"]
+            extra = power_of_two(a.shape[-1]) - a.shape[-1]
+            lead = [(0, 0)] * (a.ndim - 2)
+            return LoraWeights(np.pad(a, [*lead, (0, 0), (0, extra)]), np.pad(b, [*lead, (0, extra), (0, 0)]))
+
+        return self._tree(lora, pad)
+
+    def _named(self, adapter: Adapter, lora: LoraConfig) -> dict[str, np.ndarray]:
+        named: dict[str, np.ndarray] = {}
+        for site in trained_sites(self._sites, lora):
+            weights = adapter.unembed if site.layer is None else adapter.layers[site.layer][site.key]
+            assert weights is not None
+            rank = self._true_rank(site, lora)
+            # Copies: device_get may hand out a view of a buffer that the next optimizer step reuses.
+            named[site.name + ".lora_A"] = np.asarray(weights.a)[..., :rank].copy()
+            named[site.name + ".lora_B"] = np.asarray(weights.b)[..., :rank, :].copy()
+        return named
+
+    def _tree(self, lora: LoraConfig, leaf: Callable[[LoraSite], LoraWeights]) -> Adapter:
+        layers: list[dict[str, LoraWeights]] = [{} for _ in range(self._model.config.num_layers)]
+        unembed = None
+        for site in trained_sites(self._sites, lora):
+            if site.layer is None:
+                unembed = leaf(site)
+            else:
+                layers[site.layer][site.key] = leaf(site)
+        return Adapter(tuple(layers), unembed)
+
+    # ---- between host and device ------------------------------------------------------------------------------
+
+    def _to_device(self, state: TrainingState, lora: LoraConfig) -> TrainingState:
+        padded = ranks(lora, self._model.config.num_experts_per_tok).padded
+        places = self._tree(
+            lora, lambda site: adapter_sharding(site, self._model.mesh, padded[site.num_experts is not None])
+        )
+        put = lambda tree: jax.tree.map(jax.device_put, tree, places)
+        return replace(
+            state,
+            weights=put(state.weights),
+            mu=put(state.mu),
+            nu=put(state.nu),
+            grads=None if state.grads is None else put(state.grads),
+        )
+
+    def _make_room(self) -> None:
+        """Park the least recently used models until one more fits."""
+        while len(self._resident) >= self.max_resident:
+            model_id, state = self._resident.popitem(last=False)
+            weights, mu, nu, grads = jax.device_get((state.weights, state.mu, state.nu, state.grads))
+            self._parked[model_id] = TrainingState(weights, mu, nu, grads, state.step)
+            log.debug("parked %s in host memory", model_id)
