@@ -1,0 +1,83 @@
+"""From what a lost model is rebuilt: a starting point and the finished jobs to do over. Pure: rows in, a plan out.
+
+A model is a function of its jobs: its creation (or load), then every ``forward_backward``, ``optim_step`` and load that
+went well, in seq order. A training checkpoint with optimizer state stands for all of them up to its ``seq_id``, which
+is that of the last job whose effect on weights or moments it holds: gradients that were waiting for a step when it was
+written come after it. Replaying answers nobody: those jobs have their results already.
+
+Example: create 0, fb 1, optim 2, fb 3, save 4 (checkpoint seq 2), optim 5, crash. The replay is: checkpoint, fb 3,
+optim 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tx.errors import ModelLost, NotFound
+from tx.tinker.db import Checkpoint, Job
+from tx.tinker.scheduler import JobHeader, in_seq_order
+
+ORIGINS = frozenset({"create_model", "load_weights"})
+"""Kinds that set a model's whole state: nothing before them matters."""
+
+EFFECTS = ORIGINS | {"forward_backward", "optim_step"}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Restore ``checkpoint`` if there is one, then do ``jobs`` over, in this order."""
+
+    checkpoint: Checkpoint | None
+    jobs: tuple[Job, ...]
+
+
+def plan_replay(
+    model_id: str, history: Sequence[Job], checkpoints: Sequence[Checkpoint], until: int | None = None
+) -> Replay:
+    """How to rebuild a model, as it is now or as it was when the job ``until`` (a request id) ran.
+
+    Args:
+        history: the model's jobs that went well.
+        checkpoints: checkpoints of this model that exist.
+
+    Raises:
+        NotFound: the model was never created, or was unloaded.
+        ModelLost: a payload that is needed has been pruned.
+    """
+    by_id = {job.request_id: job for job in history}
+    headers = [JobHeader(job.request_id or 0, job.kind, model_id=model_id, seq_id=job.seq_id) for job in history]
+    ordered = [by_id[header.request_id] for header in in_seq_order(headers)]
+    if until is not None:
+        ordered = ordered[: [job.request_id for job in ordered].index(until)] if until in by_id else []
+    elif any(job.kind == "unload_model" for job in ordered):
+        raise NotFound("model_id", model_id, "a model that has not been unloaded")
+    effects = [job for job in ordered if job.kind in EFFECTS]
+    starts = [i for i, job in enumerate(effects) if job.kind in ORIGINS]
+    if not starts:
+        raise NotFound("model_id", model_id, "a model that was created")
+    effects = effects[starts[-1] :]
+    checkpoint = _newest(effects, checkpoints)
+    if checkpoint is not None:
+        effects = [job for job in effects if _seq(job) > _seq(checkpoint)]
+    pruned = [job.request_id for job in effects if job.payload is None]
+    if pruned:
+        raise ModelLost(f"{model_id} can't be rebuilt: the payloads of its jobs {pruned[:5]} have been pruned.")
+    return Replay(checkpoint, tuple(effects))
+
+
+def _newest(effects: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The latest whole state that lies within ``effects``, if their order is known by seq."""
+    if any(job.seq_id is None for job in effects):
+        return None
+    first, last = _seq(effects[0]), _seq(effects[-1])
+    whole = [
+        checkpoint
+        for checkpoint in checkpoints
+        if checkpoint.kind == "weights" and checkpoint.has_optimizer and first < _seq(checkpoint) <= last
+    ]
+    return max(whole, key=lambda checkpoint: (_seq(checkpoint), checkpoint.created_at), default=None)
+
+
+def _seq(row: Job | Checkpoint) -> int:
+    return -1 if row.seq_id is None else row.seq_id
