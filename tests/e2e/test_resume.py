@@ -92,7 +92,7 @@ def test_a_named_sampler_checkpoint_keeps_its_moment(service, uninterrupted):
 
 def test_an_existing_checkpoint_is_not_overwritten_by_accident(uninterrupted):
     _, training, path = uninterrupted
-    with pytest.raises(tinker.RequestFailedError, match="after-three|overwrite"):
+    with pytest.raises(tinker.RequestFailedError, match=r"after-three|overwrite"):
         training.save_state("after-three").result()
     assert training.save_state("after-three", overwrite=True).result().path == path
 

@@ -1,0 +1,269 @@
+"""Side-by-side benchmark of any Tinker server through the official SDK: one JSON line per phase.
+
+usage: python benchmarks/tinker_bench.py --data train.jsonl [--base-url URL --model ID --phases sl,sample,rl,mixed]
+
+The data is GSM8K's (``{"question": …, "answer": …}`` per line), at its natural, ragged lengths. Cold figures include
+compilation; warm figures are those of the later half of the steps, on fresh data of the same distribution, as a
+training run would see them. Compare servers in one session on one machine, alternating, by ratios of medians.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TINKER_API_KEY", "tml-local")
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+
+import tinker
+from tinker import types
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The q-quantile, by rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def settled(value: Any) -> Any:
+    """Newer SDKs return futures from the client factories, older ones the client itself."""
+    return value.result() if hasattr(value, "result") else value
+
+
+class Bench:
+    """One training client and a stream of problems; each public method is a phase."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+        rows = [json.loads(line) for line in Path(flags.data).read_text(encoding="utf-8").splitlines()]
+        random.Random(flags.seed).shuffle(rows)
+        self.rows = iter(rows)
+        self.service = tinker.ServiceClient(base_url=flags.base_url)
+        started = time.monotonic()
+        self.training = self.create_client()
+        self.create_s = time.monotonic() - started
+        if flags.tokenizer is None:
+            self.tokenizer = self.training.get_tokenizer()
+        else:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer)
+
+    def create_client(self) -> Any:
+        return settled(self.service.create_lora_training_client(base_model=self.flags.model, rank=self.flags.rank))
+
+    def create(self) -> dict[str, Any]:
+        """Time from asking for a training client to having one."""
+        return {"create_s": round(self.create_s, 2)}
+
+    # ---- supervised -------------------------------------------------------------------------------------------
+
+    def sl_datum(self) -> types.Datum:
+        row = next(self.rows)
+        prompt = self.tokenizer.encode(f"Question: {row['question']}\nAnswer: ")
+        answer = self.tokenizer.encode(row["answer"] + "\n")
+        tokens = prompt + answer
+        weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
+        return types.Datum(
+            model_input=types.ModelInput.from_ints(tokens[:-1]),
+            loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
+        )
+
+    def sl_step(self) -> tuple[int, float, float]:
+        """(tokens, seconds, loss per weighted token) of one forward_backward and optim_step."""
+        data = [self.sl_datum() for _ in range(self.flags.batch)]
+        num_tokens = sum(len(datum.loss_fn_inputs["target_tokens"].data) for datum in data)
+        started = time.monotonic()
+        gradient = self.training.forward_backward(data, "cross_entropy")
+        step = self.training.optim_step(types.AdamParams(learning_rate=1e-4))
+        outputs = gradient.result().loss_fn_outputs
+        step.result()
+        seconds = time.monotonic() - started
+        weights = [datum.loss_fn_inputs["weights"].data for datum in data]
+        total = sum(
+            logprob * weight
+            for output, row in zip(outputs, weights, strict=True)
+            for logprob, weight in zip(output["logprobs"].data, row, strict=True)
+        )
+        return num_tokens, seconds, -total / sum(map(sum, weights))
+
+    def sl(self) -> dict[str, Any]:
+        """Ragged fine-tuning."""
+        steps = [self.sl_step() for _ in range(self.flags.steps)]
+        warm = steps[len(steps) // 2 :]
+        return {
+            "cold_step_s": round(steps[0][1], 2),
+            "step_s": [round(seconds, 2) for _, seconds, _ in steps],
+            "warm_tokens_per_s": round(sum(step[0] for step in warm) / sum(step[1] for step in warm), 1),
+            "loss_per_token": [round(loss, 4) for _, _, loss in steps],
+        }
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
+
+    def prompt(self) -> list[int]:
+        return self.tokenizer.encode(f"Question: {next(self.rows)['question']}\nAnswer: ")
+
+    def sampler(self) -> tuple[Any, float]:
+        started = time.monotonic()
+        client = settled(self.training.save_weights_and_get_sampling_client())
+        return client, time.monotonic() - started
+
+    def sample_round(self, sampler: Any, prompts: list[list[int]], group: int, max_tokens: int) -> dict[str, Any]:
+        """All prompts at once; replies, sampled tokens, seconds and each request's latency."""
+        params = types.SamplingParams(max_tokens=max_tokens, temperature=1.0, stop=self.flags.stop)
+        started = time.monotonic()
+        futures = [
+            sampler.sample(prompt=types.ModelInput.from_ints(prompt), num_samples=group, sampling_params=params)
+            for prompt in prompts
+        ]
+        replies, latency = [], []
+        for future in futures:
+            replies.append(future.result())
+            latency.append(time.monotonic() - started)
+        num_tokens = sum(len(sequence.tokens) for reply in replies for sequence in reply.sequences)
+        return {
+            "replies": replies,
+            "num_tokens": num_tokens,
+            "seconds": time.monotonic() - started,
+            "latency": latency,
+        }
+
+    def sample(self) -> dict[str, Any]:
+        """Groups of replies per prompt."""
+        sampler, save_s = self.sampler()
+        rounds = []
+        for _ in range(self.flags.rounds):
+            prompts = [self.prompt() for _ in range(self.flags.prompts)]
+            rounds.append(self.sample_round(sampler, prompts, self.flags.group, self.flags.max_tokens))
+        warm = rounds[len(rounds) // 2 :]
+        tokens_per_s = sum(one["num_tokens"] for one in warm) / sum(one["seconds"] for one in warm)
+        return {
+            "save_s": round(save_s, 3),
+            "cold_round_s": round(rounds[0]["seconds"], 2),
+            "round_s": [round(one["seconds"], 2) for one in rounds],
+            "tokens": [one["num_tokens"] for one in rounds],
+            "warm_tokens_per_s": round(tokens_per_s, 1),
+            "latency_p50_s": round(quantile(rounds[-1]["latency"], 0.5), 2),
+            "latency_p95_s": round(quantile(rounds[-1]["latency"], 0.95), 2),
+        }
+
+    # ---- reinforcement ----------------------------------------------------------------------------------------
+
+    def rl_data(self, prompts: list[list[int]], replies: list[Any]) -> list[types.Datum]:
+        """Importance-sampling data; the reward is the share of distinct tokens, so that groups always differ."""
+        data = []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            rewards = [len(set(sequence.tokens)) / max(1, len(sequence.tokens)) for sequence in reply.sequences]
+            mean = statistics.fmean(rewards)
+            for sequence, reward in zip(reply.sequences, rewards, strict=True):
+                tokens, before = prompt + list(sequence.tokens), len(prompt) - 1
+                inputs = {
+                    "target_tokens": tokens[1:],
+                    "logprobs": [0.0] * before + list(sequence.logprobs),
+                    "advantages": [0.0] * before + [reward - mean] * len(sequence.tokens),
+                }
+                data.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+        return data
+
+    def rl_step(self) -> dict[str, float]:
+        started = time.monotonic()
+        sampler, save_s = self.sampler()
+        prompts = [self.prompt() for _ in range(self.flags.prompts)]
+        sampled = self.sample_round(sampler, prompts, self.flags.group, self.flags.max_tokens)
+        data = self.rl_data(prompts, sampled["replies"])
+        train_started = time.monotonic()
+        gradient = self.training.forward_backward(data, "importance_sampling")
+        step = self.training.optim_step(types.AdamParams(learning_rate=1e-5))
+        outputs = gradient.result().loss_fn_outputs
+        step.result()
+        ended = time.monotonic()
+        gaps = [
+            old - new
+            for datum, output in zip(data, outputs, strict=True)
+            for old, new in zip(datum.loss_fn_inputs["logprobs"].data, output["logprobs"].data, strict=True)
+            if old != 0.0
+        ]
+        return {
+            "total": ended - started,
+            "save": save_s,
+            "sample": sampled["seconds"],
+            "train": ended - train_started,
+            "kl_v1": statistics.fmean(gaps),
+            "kl_v2": statistics.fmean(gap * gap for gap in gaps) / 2,
+            "max_gap": max(map(abs, gaps)),
+        }
+
+    def rl(self) -> dict[str, Any]:
+        """Sample, train, repeat."""
+        steps = [self.rl_step() for _ in range(self.flags.steps)]
+        warm = steps[len(steps) // 2 :]
+        return {
+            "step_s": [round(step["total"], 2) for step in steps],
+            "sample_s": [round(step["sample"], 2) for step in steps],
+            "train_s": [round(step["train"], 2) for step in steps],
+            "warm_step_s": round(statistics.median(step["total"] for step in warm), 2),
+            **{
+                name: [float(f"{step[name]:.3g}") for step in steps]
+                for name in ("kl_v1", "kl_v2", "max_gap")
+                if all(math.isfinite(step[name]) for step in steps)
+            },
+        }
+
+    def mixed(self) -> dict[str, Any]:
+        """One tenant trains flat out, another samples single short completions: how long does a sample wait?"""
+        stop, trained = threading.Event(), []
+        other = self.create_client()
+
+        def train() -> None:
+            while not stop.is_set():
+                other.forward_backward([self.sl_datum() for _ in range(self.flags.batch)], "cross_entropy").result()
+                trained.append(1)
+
+        sampler, _ = self.sampler()
+        self.sample_round(sampler, [self.prompt()], 1, 16)
+        thread = threading.Thread(target=train)
+        thread.start()
+        time.sleep(3)  # the first training steps compile; they are not what this phase measures
+        latency = [self.sample_round(sampler, [self.prompt()], 1, 16)["seconds"] for _ in range(self.flags.rounds * 3)]
+        stop.set()
+        thread.join()
+        return {
+            "sample16_p50_s": round(quantile(latency, 0.5), 2),
+            "sample16_max_s": round(max(latency), 2),
+            "train_batches": len(trained),
+        }
+
+
+def main() -> None:
+    """Parse the flags, run the phases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base-url", default="http://localhost:8000")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="an id that the server lists")
+    parser.add_argument("--tokenizer", default=None, help="folder or hub id; by default the one that the server names")
+    parser.add_argument("--data", required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--phases", default="create,sl,sample,rl,mixed")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="problems per training step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=4, help="replies per prompt")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--stop", type=lambda text: [int(part) for part in text.split(",")], default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    bench = Bench(flags)
+    for phase in flags.phases.split(","):
+        started = time.monotonic()
+        result = getattr(bench, phase)()
+        print(json.dumps({"phase": phase, "wall_s": round(time.monotonic() - started, 1), **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
