@@ -46,7 +46,7 @@ def test_the_cache_grows_at_once_and_shrinks_only_when_it_pays():
     assert choose_size((16, 512), (8, 512), set()) == (16, 512)
     assert choose_size((16, 512), (8, 512), {(8, 512)}) == (8, 512)
     assert choose_size((16, 512), (4, 256), {(8, 512)}) == (4, 256)
-    assert choose_size((8, 512), (4, 256), {(1, 256)}) == (8, 512)
+    assert choose_size((8, 512), (8, 256), {(4, 256), (16, 256)}) == (8, 512)
 
 
 def test_owners_take_turns():

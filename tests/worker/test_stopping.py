@@ -102,7 +102,7 @@ def test_no_stops_at_all():
 
 @pytest.mark.parametrize("slice_size", [1, 3, 8])
 def test_a_long_row_with_a_late_stop(slice_size):
-    stop = row(strings=["\n\nUser:"])
+    stop = row(strings=["\n\nUser:"], limit=5000)
     tokens = ids(*[b"a", b" ", b"\n"] * 400, b"\n", b"User:", b"a")
     for start in range(0, len(tokens), slice_size):
         stop.push(tokens[start : start + slice_size])

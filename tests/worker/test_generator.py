@@ -1,0 +1,556 @@
+"""``tx.worker.generator`` on a tiny model, against a reference that decodes one row with one full forward per token."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tx.errors import InvalidInput
+from tx.layers.logprobs import next_logits
+from tx.layers.lora import single_view
+from tx.models.loading import load_model
+from tx.models.lora_sites import lora_sites
+from tx.types import LoraConfig, ModelState, SampleRequest, SamplingParams
+from tx.worker import programs, sampling
+from tx.worker.generator import Generator
+from tx.worker.mesh import make_mesh
+from tx.worker.prefill import PrefillSizes
+from tx.worker.snapshots import SnapshotStore
+
+EOS = (2022, 2024)
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def model(tiny_qwen3):
+    return load_model(tiny_qwen3, make_mesh(1, 1, 1, 1), jnp.float32)
+
+
+def random_state(config, rank, seed, scale=0.3):
+    """An adapter strong enough to change what is sampled."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for site in lora_sites(config):
+        lead = () if site.num_experts is None else (site.num_experts,)
+        weights[f"{site.name}.lora_A"] = rng.normal(0, scale, (*lead, site.in_features, rank)).astype(np.float32)
+        weights[f"{site.name}.lora_B"] = rng.normal(0, scale / rank, (*lead, rank, site.out_features)).astype(
+            np.float32
+        )
+    return ModelState(LoraConfig(rank=rank, seed=seed), weights)
+
+
+@pytest.fixture(scope="module")
+def snapshots(model):
+    """Adapters of ranks 8, 3 and 4, and None for the base model."""
+    store = SnapshotStore(model, max_resident=8)
+    for index, rank in enumerate((8, 3, 4)):
+        store.load(f"snapshot-{index}", random_state(model.config, rank, index))
+    return [*(store.get(f"snapshot-{index}") for index in range(3)), None]
+
+
+def detokenize(ids):
+    return "".join(f"<{token}>" for token in ids)
+
+
+def make(model, max_slots=8, **options):
+    arguments = {"max_context": CONTEXT, "eos_token_ids": EOS, "detokenize": detokenize} | options
+    return Generator(model, max_slots=max_slots, **arguments)
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(0, 2000, length).astype(np.int32)
+
+
+def request_of(prompt, num_samples=1, prompt_logprobs=False, topk=0, **params):
+    return SampleRequest(np.asarray(prompt, np.int32), num_samples, SamplingParams(**params), prompt_logprobs, topk)
+
+
+def run(generator, jobs):
+    """Submit (job id → request, snapshot) together and drain; results by job id, errors included."""
+    for job_id, (request, snapshot) in jobs.items():
+        generator.submit(job_id, request, snapshot)
+    return drain(generator)
+
+
+def drain(generator):
+    finished = {}
+    while generator.has_work:
+        for outcome in generator.slice():
+            finished[outcome.job_id] = outcome.error or outcome.result
+    return finished
+
+
+def alone(model, request, snapshot=None, **options):
+    return run(make(model, **options), {0: (request, snapshot)})[0]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _full_logits(graphdef, weights, tokens, view):
+    module = nnx.merge(graphdef, weights)
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden, _ = module.hidden_states(tokens, positions, adapter=view)
+    lora, gate = (None, None) if view is None else (view.adapter.unembed, view.gate)
+    return next_logits(hidden, module.unembed_kernel(), lora, gate)
+
+
+def full_logits(model, tokens, snapshot):
+    """Logits at every position of one sequence, padded to one of two lengths so that few programs serve."""
+    padded = np.zeros((1, 96 if len(tokens) <= 96 else CONTEXT), np.int32)
+    padded[0, : len(tokens)] = tokens
+    view = None
+    if snapshot is not None:
+        view = single_view(
+            snapshot.adapter, snapshot.scaling, snapshot.expert_scaling, snapshot.rank, max(1, snapshot.expert_rank)
+        )
+    return _full_logits(model.graphdef, model.weights, jnp.asarray(padded), view)[0, : len(tokens)]
+
+
+draw = jax.jit(functools.partial(sampling.sample, filtered=True))
+
+
+def log_softmax(logits, temperature=1.0):
+    return np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0), axis=-1))
+
+
+def check_logprobs(model, request, snapshot, sequence):
+    """Every sampled token's logprob is that of a full forward over prompt and tokens."""
+    tokens = np.concatenate([request.prompt, sequence.tokens])
+    logprobs = log_softmax(full_logits(model, tokens, snapshot), request.params.temperature)
+    at = np.arange(len(request.prompt) - 1, len(tokens) - 1)
+    np.testing.assert_allclose(sequence.logprobs, logprobs[at, sequence.tokens], atol=1e-4)
+
+
+def reference_tokens(model, request, snapshot, sample):
+    """One row by the definition: a full forward, a draw from (seed, sample, position), until its end."""
+    params, tokens = request.params, list(request.prompt)
+    seed = params.seed % 2**64
+    key = sampling.row_keys(jnp.array([[seed >> 32, seed % 2**32]], jnp.uint32), jnp.array([sample]))
+    stop_ids = {*params.stop_token_ids, *(EOS if params.stop_on_eos else ())}
+    limit = min(params.max_tokens, CONTEXT - len(request.prompt))
+    while len(tokens) - len(request.prompt) < limit:
+        logits = full_logits(model, tokens, snapshot)[-1:]
+        token, _ = draw(
+            logits,
+            key,
+            np.array([len(tokens)], np.int32),
+            np.array([params.temperature], np.float32),
+            np.array([params.top_k], np.int32),
+            np.array([params.top_p], np.float32),
+        )
+        tokens.append(int(token[0]))
+        if tokens[-1] in stop_ids:
+            return tokens[len(request.prompt) :], "stop"
+    return tokens[len(request.prompt) :], "length"
+
+
+# ---- what is sampled ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1, 3], ids=["rank 8", "rank 3", "base"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_equal_a_full_forward(model, snapshots, which, temperature):
+    request = request_of(prompt_of(20), 3, max_tokens=20, temperature=temperature, seed=5, stop_on_eos=False)
+    result = alone(model, request, snapshots[which])
+    assert [len(sequence.tokens) for sequence in result.sequences] == [20, 20, 20]
+    for sequence in result.sequences:
+        assert sequence.tokens.dtype == np.int32
+        assert sequence.logprobs.dtype == np.float32
+        check_logprobs(model, request, snapshots[which], sequence)
+    if temperature == 0:
+        assert (result.sequences[0].tokens == result.sequences[1].tokens).all()
+        tokens = np.concatenate([request.prompt, result.sequences[0].tokens])
+        best = np.asarray(full_logits(model, tokens, snapshots[which])).argmax(axis=-1)
+        assert (best[19:-1] == result.sequences[0].tokens).all()
+
+
+def random_requests(count, seed, max_tokens=24):
+    rng = np.random.default_rng(seed)
+    pick = lambda *choices: choices[rng.integers(len(choices))]
+    requests = []
+    for job in range(count):
+        params = {
+            "max_tokens": int(rng.integers(1, max_tokens + 1)),
+            "seed": int(rng.integers(-(2**63), 2**63)),
+            "temperature": float(pick(0.0, 0.7, 1.0, 1.3)),
+            "top_k": int(pick(-1, -1, 5, 50)),
+            "top_p": float(pick(1.0, 1.0, 0.9)),
+            "stop_token_ids": tuple(rng.integers(0, 2048, pick(0, 1, 12)).tolist()),
+            "stop_on_eos": bool(pick(True, False)),
+        }
+        length = int(pick(1, 2, 5, 33, 60))
+        requests.append(request_of(prompt_of(length, 100 + job), int(pick(1, 1, 2, 3)), **params))
+    return requests
+
+
+@pytest.mark.slow
+def test_random_requests_equal_the_reference_decoder(model, snapshots):
+    requests = random_requests(24, seed=1)
+    owners = [snapshots[job % 4] for job in range(len(requests))]
+    generator = make(model, max_slots=6)
+    results = run(generator, {job: (request, owners[job]) for job, request in enumerate(requests)})
+    for job, request in enumerate(requests):
+        for sample, sequence in enumerate(results[job].sequences):
+            tokens, reason = reference_tokens(model, request, owners[job], sample)
+            assert (sequence.tokens.tolist(), sequence.stop_reason) == (tokens, reason), (job, sample)
+
+
+def test_c14_a_sample_is_the_same_alone_in_company_and_in_a_new_generator(model, snapshots):
+    requests = random_requests(8, seed=2)
+    owners = [snapshots[job % 4] for job in range(8)]
+    together = run(make(model, max_slots=16), {job: (request, owners[job]) for job, request in enumerate(requests)})
+    crowded = make(model, max_slots=3, slice_tokens=5)
+    again = run(crowded, {job: (requests[job], owners[job]) for job in reversed(range(8))})
+    for job, request in enumerate(requests):
+        lone = alone(model, request, owners[job], max_slots=1)
+        for other in (together[job], again[job]):
+            for mine, theirs in zip(lone.sequences, other.sequences, strict=True):
+                assert mine.tokens.tolist() == theirs.tokens.tolist()
+                assert mine.stop_reason == theirs.stop_reason
+                np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=2e-5)
+
+
+def test_samples_differ_and_a_seed_repeats_them(model):
+    request = request_of(prompt_of(7), 5, max_tokens=12, seed=-1)
+    first, second = alone(model, request), alone(model, request)
+    drawn = [tuple(sequence.tokens) for sequence in first.sequences]
+    assert len(set(drawn)) == 5
+    assert drawn == [tuple(sequence.tokens) for sequence in second.sequences]
+    other = alone(model, request_of(prompt_of(7), 5, max_tokens=12, seed=2**32 - 1))  # -1's low word, another high one
+    assert drawn != [tuple(sequence.tokens) for sequence in other.sequences]
+
+
+def test_c14_sample_j_does_not_depend_on_num_samples(model):
+    many = alone(model, request_of(prompt_of(7), 5, max_tokens=9, seed=3))
+    few = alone(model, request_of(prompt_of(7), 2, max_tokens=9, seed=3))
+    for mine, theirs in zip(few.sequences, many.sequences[:2], strict=True):
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+
+
+# ---- how rows end ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_is_included_once(model):
+    free = alone(model, request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False)).sequences[0]
+    stop = int(free.tokens[10])
+    first = free.tokens.tolist().index(stop)
+    for stop_ids in [(stop,), (*range(2030, 2048), stop)]:  # more stops than the device loop looks at
+        request = request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False, stop_token_ids=stop_ids)
+        ended = alone(model, request).sequences[0]
+        assert ended.tokens.tolist() == free.tokens[: first + 1].tolist()
+        assert len(ended.logprobs) == first + 1
+        assert ended.stop_reason == "stop"
+
+
+def test_eos_ends_a_row_unless_told_otherwise(model):
+    free = alone(model, request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False)).sequences[0]
+    eos = int(free.tokens[6])
+    first = free.tokens.tolist().index(eos)
+    request = request_of(prompt_of(9), max_tokens=30, seed=4)
+    ended = alone(model, request, eos_token_ids=(eos,)).sequences[0]
+    assert (len(ended.tokens), ended.stop_reason) == (first + 1, "stop")
+    request = request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False)
+    assert len(alone(model, request, eos_token_ids=(eos,)).sequences[0].tokens) == 30
+
+
+def test_a_stop_string_across_tokens(model):
+    free = alone(model, request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False)).sequences[0]
+    one, two = free.tokens[12:14].tolist()
+    request = request_of(prompt_of(9), max_tokens=30, seed=4, stop_on_eos=False, stop_strings=(f"{one}><{two}",))
+    ended = alone(model, request).sequences[0]
+    assert (ended.tokens.tolist(), ended.stop_reason) == (free.tokens[:14].tolist(), "stop")
+
+
+def test_max_tokens_is_cut_to_the_context(model):
+    request = request_of(prompt_of(CONTEXT - 10), max_tokens=1000, seed=1, stop_on_eos=False)
+    sequence = alone(model, request).sequences[0]
+    assert (len(sequence.tokens), sequence.stop_reason) == (10, "length")
+    check_logprobs(model, request, None, sequence)
+    request = request_of(prompt_of(CONTEXT - 20), seed=1, stop_on_eos=False)
+    assert len(alone(model, request).sequences[0].tokens) == 20
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 400])
+@pytest.mark.parametrize("piece", [512, 32], ids=["whole", "in pieces"])
+def test_c09_prompt_logprobs_have_the_prompt_length(model, snapshots, length, piece):
+    generator = make(model)
+    generator._prefill.sizes = PrefillSizes(piece=piece, together=256, remembered=8192)
+    request = request_of(prompt_of(length), prompt_logprobs=True, topk=3, max_tokens=1, temperature=0.5)
+    result = run(generator, {0: (request, snapshots[0])})[0]
+    logprobs = log_softmax(full_logits(model, request.prompt, snapshots[0]))
+    assert result.prompt_logprobs.shape == (length,)
+    assert np.isnan(result.prompt_logprobs[0])
+    assert result.topk_prompt_logprobs.token_ids.shape == (length, 3)
+    expected = logprobs[np.arange(length - 1), request.prompt[1:]]
+    np.testing.assert_allclose(result.prompt_logprobs[1:], expected, atol=1e-4)
+    best = np.argsort(-logprobs[:-1], axis=-1)[:, :3]
+    assert (result.topk_prompt_logprobs.token_ids[1:] == best).all()
+    expected = np.take_along_axis(logprobs[:-1], best, axis=-1)
+    np.testing.assert_allclose(result.topk_prompt_logprobs.logprobs[1:], expected, atol=1e-4)
+    assert len(result.sequences[0].tokens) == 1
+
+
+def test_prompt_scores_are_absent_unless_asked_for(model):
+    result = alone(model, request_of(prompt_of(5), max_tokens=1))
+    assert result.prompt_logprobs is None
+    assert result.topk_prompt_logprobs is None
+    only_topk = alone(model, request_of(prompt_of(5), max_tokens=1, topk=20))
+    assert only_topk.prompt_logprobs is None
+    assert only_topk.topk_prompt_logprobs.logprobs.shape == (5, 20)
+
+
+def test_a_long_prompt_in_pieces_gives_the_same_and_lets_others_decode(model):
+    generator = make(model)
+    generator._prefill.sizes = PrefillSizes(piece=32, together=32, remembered=8192)
+    short = request_of(prompt_of(5), max_tokens=60, stop_on_eos=False)
+    long = request_of(prompt_of(300, 1), 2, max_tokens=10, seed=9, stop_on_eos=False)
+    generator.submit(0, short, None)
+    generator.slice()
+    generator.submit(1, long, None)
+    order = []
+    results = {}
+    while generator.has_work:
+        before = len(generator._groups[0].stops[0].tokens) if 0 in generator._groups else 60
+        finished = generator.slice()
+        results |= {outcome.job_id: outcome.result for outcome in finished}
+        after = len(generator._groups[0].stops[0].tokens) if 0 in generator._groups else 60
+        order.append(after > before)
+    assert order[:12] == [False, True] * 6  # a piece of the prompt, a slice of the other's tokens, …
+    for mine, theirs in zip(results[1].sequences, alone(model, long).sequences, strict=True):
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+
+
+def test_each_distinct_prompt_is_prefilled_once(model, snapshots, monkeypatch):
+    runs = []
+    real = programs.prefill
+    monkeypatch.setattr(
+        programs, "prefill", lambda *args, **kwargs: runs.append(args[2].shape) or real(*args, **kwargs)
+    )
+    generator = make(model, max_slots=4)
+    same = prompt_of(40)
+    jobs = {job: (request_of(same, 3, max_tokens=4, seed=job), snapshots[0]) for job in range(5)}
+    results = run(generator, jobs)
+    assert runs == [(1, 48)]
+    assert [results[job].prompt_cache_hit_tokens for job in range(5)] == [0, 39, 39, 39, 39]
+    run(generator, {9: (request_of(same, max_tokens=4), snapshots[1])})
+    assert len(runs) == 2  # another snapshot's keys and values are others
+
+
+def test_short_prompts_share_a_program(model, monkeypatch):
+    runs = []
+    real = programs.prefill
+    monkeypatch.setattr(
+        programs, "prefill", lambda *args, **kwargs: runs.append(args[2].shape) or real(*args, **kwargs)
+    )
+    requests = {job: (request_of(prompt_of(20, job), max_tokens=3, seed=job), None) for job in range(8)}
+    results = run(make(model), requests)
+    assert runs == [(8, 32)]
+    for job, (request, _) in requests.items():
+        check_logprobs(model, request, None, results[job].sequences[0])
+
+
+# ---- slots ----------------------------------------------------------------------------------------------------------
+
+
+def test_more_samples_than_slots(model):
+    request = request_of(prompt_of(12), 11, max_tokens=13, seed=6)
+    few, many = alone(model, request, max_slots=4), alone(model, request, max_slots=16)
+    for mine, theirs in zip(few.sequences, many.sequences, strict=True):
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+
+
+def test_a_short_request_overtakes_a_long_one(model):
+    generator = make(model, max_slots=4)
+    generator.submit(0, request_of(prompt_of(5), 2, max_tokens=200, stop_on_eos=False), None)
+    for _ in range(3):
+        assert generator.slice() == []
+    generator.submit(1, request_of(prompt_of(6), max_tokens=4), None)
+    order = []
+    while generator.has_work:
+        order += [outcome.job_id for outcome in generator.slice()]
+    assert order == [1, 0]
+
+
+def test_the_cache_grows_and_shrinks_without_a_trace(model):
+    generator = make(model, max_slots=8)
+    long = request_of(prompt_of(200), max_tokens=200, seed=3, stop_on_eos=False)
+    shorts = {
+        job: (request_of(prompt_of(3, job), max_tokens=job, seed=job, stop_on_eos=False), None) for job in range(1, 8)
+    }
+    sizes = set()
+    generator.submit(0, long, None)
+    generator.slice()
+    for job, (request, snapshot) in shorts.items():
+        generator.submit(job, request, snapshot)
+    results = {}
+    while generator.has_work:
+        results |= {outcome.job_id: outcome.result for outcome in generator.slice()}
+        sizes.add((generator._cache.rows, generator._cache.length))
+    assert {(1, 256), (8, 256)} <= sizes
+    assert (1, 512) in sizes
+    check_logprobs(model, long, None, results[0].sequences[0])
+    for job, (request, snapshot) in shorts.items():
+        check_logprobs(model, request, snapshot, results[job].sequences[0])
+
+
+def test_cancel_frees_the_slots_and_reports_nothing(model):
+    generator = make(model, max_slots=4)
+    generator.submit(0, request_of(prompt_of(5), 6, max_tokens=100, stop_on_eos=False), None)
+    generator.slice()
+    generator.slice()
+    generator.submit(1, request_of(prompt_of(6), max_tokens=4), None)
+    generator.cancel(0)
+    assert set(drain(generator)) == {1}
+    generator.cancel(0)
+    assert not generator.has_work
+    assert generator.slice() == []
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+class Compilations(logging.Handler):
+    """Names of what JAX compiles while it is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.logger = logging.getLogger("jax._src.interpreters.pxla")
+
+    def emit(self, record):
+        if record.getMessage().startswith("Compiling"):
+            self.names.append(record.getMessage()[:80])
+
+    def __enter__(self):
+        self.propagate, self.logger.propagate = self.logger.propagate, False
+        self.logger.addHandler(self)
+        jax.config.update("jax_log_compiles", True)
+        return self
+
+    def __exit__(self, *_):
+        jax.config.update("jax_log_compiles", False)
+        self.logger.removeHandler(self)
+        self.logger.propagate = self.propagate
+
+
+def test_random_parameters_compile_nothing_after_warm_up(model, snapshots):
+    generator = make(model, max_slots=8)
+    owners = [snapshots[0], None]
+    warm = {job: (request, owners[job % 2]) for job, request in enumerate(random_requests(16, seed=3))}
+    lone = {
+        job: (request_of(prompt_of(5), top_k=top_k, max_tokens=2), owner)
+        for job, (top_k, owner) in enumerate([(-1, None), (5, None), (-1, owners[0]), (5, owners[0])])
+    }
+    with Compilations() as compiled:
+        run(generator, warm)
+        for job in lone.items():
+            run(generator, dict([job]))
+    assert compiled.names  # the counter counts
+    stream = {job: (request, owners[job % 2]) for job, request in enumerate(random_requests(16, seed=4))}
+    with Compilations() as compiled:
+        run(generator, stream)
+    assert compiled.names == []
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_running_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeypatch):
+    """The device refuses more than two rows: every request still gets the tokens that it gets alone."""
+    real = programs.decode_slice
+
+    def small_device(graphdef, weights, cache, *args, **kwargs):
+        if cache.rows > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return real(graphdef, weights, cache, *args, **kwargs)
+
+    requests = {job: (request_of(prompt_of(9, job), 3, max_tokens=10, seed=job), None) for job in range(3)}
+    expected = {job: alone(model, request) for job, (request, _) in requests.items()}
+    monkeypatch.setattr(programs, "decode_slice", small_device)
+    results = run(make(model, max_slots=2), requests)
+    crowded = run(make(model, max_slots=8), requests)
+    for outcome in (results, crowded):
+        for job, result in expected.items():
+            for mine, theirs in zip(result.sequences, outcome[job].sequences, strict=True):
+                assert mine.tokens.tolist() == theirs.tokens.tolist()
+
+
+def test_c10_a_request_that_fails_alone_fails_alone(model, monkeypatch):
+    real = programs.decode_slice
+
+    def broken(graphdef, weights, cache, rows, *args, **kwargs):
+        if (np.asarray(rows.top_k) == 13).any():
+            raise RuntimeError("INTERNAL: no such row")
+        return real(graphdef, weights, cache, rows, *args, **kwargs)
+
+    monkeypatch.setattr(programs, "decode_slice", broken)
+    jobs = {job: (request_of(prompt_of(9, job), max_tokens=10, top_k=13 if job == 2 else -1), None) for job in range(5)}
+    results = run(make(model, max_slots=8), jobs)
+    assert isinstance(results[2], RuntimeError)
+    assert all(len(results[job].sequences[0].tokens) for job in (0, 1, 3, 4))
+
+
+def test_a_failing_prefill_fails_its_own_request(model, monkeypatch):
+    real = programs.prefill
+
+    def broken(graphdef, weights, tokens, *args, **kwargs):
+        if (np.asarray(tokens) == 1999).any():
+            raise RuntimeError("INTERNAL: no such token")
+        return real(graphdef, weights, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(programs, "prefill", broken)
+    prompts = [np.where(prompt_of(20, job) == 1999, 0, prompt_of(20, job)) for job in range(8)]
+    prompts[3][4] = 1999
+    results = run(make(model), {job: (request_of(prompt, max_tokens=3), None) for job, prompt in enumerate(prompts)})
+    assert isinstance(results[3], RuntimeError)
+    assert all(len(results[job].sequences[0].tokens) for job in range(8) if job != 3)
+
+
+def test_logits_that_are_not_finite_fail_their_own_request(model, snapshots):
+    store = SnapshotStore(model, max_resident=2)
+    store.load("huge", random_state(model.config, 4, 7, scale=1e30))
+    request = request_of(prompt_of(6), max_tokens=6, seed=1)
+    results = run(make(model), {0: (request, store.get("huge")), 1: (request, snapshots[0]), 2: (request, None)})
+    assert isinstance(results[0], InvalidInput)
+    for job, owner in ((1, snapshots[0]), (2, None)):
+        check_logprobs(model, request, owner, results[job].sequences[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": np.zeros(0, np.int32)}, "prompt"),
+        ({"prompt": np.array([5, 2048])}, "prompt"),
+        ({"prompt": np.array([-1])}, "prompt"),
+        ({"prompt": np.array([1.5])}, "prompt"),
+        ({"prompt": np.zeros(CONTEXT, np.int32)}, "prompt"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 10**9}, "num_samples"),
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),
+        ({"topk_prompt_logprobs": 2049}, "topk_prompt_logprobs"),
+        ({"params": SamplingParams(max_tokens=0)}, "sampling_params.max_tokens"),
+        ({"params": SamplingParams(temperature=-0.1)}, "sampling_params.temperature"),
+        ({"params": SamplingParams(temperature=float("nan"))}, "sampling_params.temperature"),
+        ({"params": SamplingParams(temperature=float("inf"))}, "sampling_params.temperature"),
+        ({"params": SamplingParams(top_p=0.0)}, "sampling_params.top_p"),
+        ({"params": SamplingParams(top_p=1.1)}, "sampling_params.top_p"),
+        ({"params": SamplingParams(top_k=0)}, "sampling_params.top_k"),
+        ({"params": SamplingParams(top_k=-2)}, "sampling_params.top_k"),
+        ({"params": SamplingParams(seed=2**63)}, "sampling_params.seed"),
+        ({"params": SamplingParams(stop_token_ids=(-1,))}, "sampling_params.stop"),
+        ({"params": SamplingParams(stop_strings=("",))}, "sampling_params.stop"),
+    ],
+)
+def test_wrong_requests_name_their_field(model, changes, field):
+    arguments = {"prompt": prompt_of(4), "num_samples": 1, "params": SamplingParams(max_tokens=1)} | changes
+    generator = make(model)
+    with pytest.raises(InvalidInput) as caught:
+        generator.submit(0, SampleRequest(**arguments), None)
+    assert caught.value.field == field
+    assert not generator.has_work
