@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0, help="of the topics and of the adapter")
-    parser.add_argument("--plot", default="rl_short.png", help="where the curve goes")
+    parser.add_argument("--plot", default="rl_short.png", help="where the curve goes; empty for none")
     flags = parser.parse_args()
 
     service = tinker.ServiceClient(base_url=flags.base_url, api_key="tml-local")
@@ -154,7 +154,8 @@ def main() -> None:
             progress.update(bar, advance=1, description=f"reward {step.reward:.2f}")
             measured = f"reward {step.reward:.3f}  {step.reply_tokens:5.1f} tokens per reply  {step.seconds:.1f} s"
             progress.print(f"step {number:3d}  {measured}")
-            draw(steps, flags.plot)
+            if flags.plot:
+                draw(steps, flags.plot)
     window = max(1, len(steps) // 5)
     first, last = (statistics.fmean(step.reward for step in part) for part in (steps[:window], steps[-window:]))
     print(

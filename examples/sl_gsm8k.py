@@ -30,16 +30,29 @@ def prompt_of(row: dict[str, str]) -> str:
     return f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def datum(tokenizer: object, row: dict[str, str], max_length: int) -> tuple[types.Datum, float]:
-    """One problem as a training example, and how many of its tokens count (those of the answer)."""
-    prompt, answer = tokenizer.encode(prompt_of(row)), tokenizer.encode(row["answer"] + "<|im_end|>")
-    tokens = (prompt + answer)[:max_length]
-    weights = ([0.0] * (len(prompt) - 1) + [1.0] * len(answer))[: len(tokens) - 1]
-    example = types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
-    )
-    return example, sum(weights)
+class Example:
+    """One problem as tokens and as weights, which pick the positions that predict the answer."""
+
+    def __init__(self, tokenizer: object, row: dict[str, str], max_length: int) -> None:
+        prompt, answer = tokenizer.encode(prompt_of(row)), tokenizer.encode(row["answer"] + "<|im_end|>")
+        self.tokens = (prompt + answer)[:max_length]
+        self.weights = ([0.0] * (len(prompt) - 1) + [1.0] * len(answer))[: len(self.tokens) - 1]
+
+    def datum(self, scale: float) -> types.Datum:
+        """For ``cross_entropy``, weights times ``scale``."""
+        return types.Datum(
+            model_input=types.ModelInput.from_ints(self.tokens[:-1]),
+            loss_fn_inputs={
+                "target_tokens": self.tokens[1:],
+                "weights": [weight * scale for weight in self.weights],
+            },
+        )
+
+
+def batch(examples: list[Example]) -> list[types.Datum]:
+    """Data whose summed loss is the mean over the answers' tokens: tx and Tinker add losses up and never divide."""
+    scale = 1.0 / sum(sum(example.weights) for example in examples)
+    return [example.datum(scale) for example in examples]
 
 
 def main() -> None:
@@ -63,25 +76,19 @@ def main() -> None:
     train, test = read(flags.train), read(flags.test)
     random.Random(flags.seed).shuffle(train)
 
-    held_out = [datum(tokenizer, row, flags.max_length) for row in test[: 2 * flags.batch]]
+    held_out = batch([Example(tokenizer, row, flags.max_length) for row in test[: 2 * flags.batch]])
 
     def evaluate() -> float:
-        result = training.forward([example for example, _ in held_out], "cross_entropy").result()
-        return result.metrics["loss:sum"] / sum(count for _, count in held_out)
+        return training.forward(held_out, "cross_entropy").result().metrics["loss:sum"]
 
     print(f"held-out loss per token before: {evaluate():.4f}")
     for step in track(range(flags.steps), description="training"):
         rows = [train[(step * flags.batch + i) % len(train)] for i in range(flags.batch)]
-        examples = [datum(tokenizer, row, flags.max_length) for row in rows]
-        num_tokens = sum(count for _, count in examples)
-        # Losses are sums; a rate that shouldn't depend on the batch wants weights that sum to 1.
-        for example, _ in examples:
-            weights = example.loss_fn_inputs["weights"]
-            weights.data = [weight / num_tokens for weight in weights.data]
-        loss = training.forward_backward([example for example, _ in examples], "cross_entropy")
+        data = batch([Example(tokenizer, row, flags.max_length) for row in rows])
+        loss = training.forward_backward(data, "cross_entropy")
         rate = flags.learning_rate * (1 - step / flags.steps)
         training.optim_step(types.AdamParams(learning_rate=rate)).result()
-        print(f"step {step:3d}  loss per token {loss.result().metrics['loss:sum']:.4f}  {num_tokens:.0f} tokens")
+        print(f"step {step:3d}  loss per token {loss.result().metrics['loss:sum']:.4f}")
     print(f"held-out loss per token after:  {evaluate():.4f}")
 
     print("saved:", training.save_state("gsm8k", overwrite=True).result().path)
