@@ -178,7 +178,9 @@ def open_database(url: str) -> Database:
         if parsed.get_backend_name() == "sqlite":
             db = _open_sqlite(url)
         elif parsed.get_backend_name() == "postgresql":
-            db = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_size=16, pool_pre_ping=True)
+            db = create_engine(
+                parsed.set(drivername="postgresql+psycopg"), pool_size=16, max_overflow=48, pool_pre_ping=True
+            )
         else:
             raise StartupError(f"--database-url: {parsed.drivername} is neither sqlite nor postgresql.")
         with _migration_lock(db) as connection:
@@ -213,7 +215,9 @@ def _open_sqlite(url: str) -> Database:
     if not database or database == ":memory:":
         raise StartupError("--database-url: an in-memory SQLite can't be shared by two processes; name a file.")
     Path(database).parent.mkdir(parents=True, exist_ok=True)
-    db = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}, pool_size=16)
+    db = create_engine(
+        url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}, pool_size=16, max_overflow=48
+    )
 
     @event.listens_for(db, "connect")
     def set_up(connection: sqlite3.Connection, _record: object) -> None:

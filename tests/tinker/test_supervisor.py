@@ -1,0 +1,124 @@
+"""The supervisor with a stand-in engine: start, restart, refuse, stop, leave no orphan."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tx.tinker.supervisor import PARENT_FD, Supervisor
+
+LIVES = """
+import os, signal, sys
+open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+os.read(int(os.environ["TX_PARENT_FD"]), 1)  # end-of-file when the parent is gone
+open(sys.argv[1], "a").write("orphaned\\n")
+"""
+
+
+def wait_for(condition, limit_s: float = 20.0):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError("timed out")
+
+
+@pytest.fixture
+def trace(tmp_path):
+    file = tmp_path / "trace"
+    file.touch()
+    return file
+
+
+def lines(trace) -> list[str]:
+    return trace.read_text().split()
+
+
+@pytest.fixture
+def supervise(trace):
+    made = []
+
+    def make(script: str, **kwargs) -> Supervisor:
+        made.append(Supervisor([sys.executable, "-c", script, str(trace)], first_backoff_s=0.01, **kwargs))
+        return made[-1]
+
+    yield make
+    [supervisor.stop() for supervisor in made]
+
+
+def test_a_dead_engine_is_started_again(supervise, trace):
+    supervisor = supervise(LIVES)
+    supervisor.start()
+    first = int(wait_for(lambda: lines(trace))[0])
+    assert supervisor.pid == first
+    os.kill(first, signal.SIGKILL)
+    second = int(wait_for(lambda: lines(trace)[1:])[0])
+    assert second != first
+    assert (supervisor.pid, supervisor.restarts, supervisor.failure) == (second, 1, None)
+
+
+def test_stop_ends_the_engine_and_starts_no_other(supervise, trace):
+    supervisor = supervise(LIVES)
+    supervisor.start()
+    pid = int(wait_for(lambda: lines(trace))[0])
+    supervisor.stop()
+    assert supervisor.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    supervisor.stop()
+    assert lines(trace) == [str(pid)]
+
+
+def test_an_engine_that_ignores_sigterm_is_killed(supervise, trace, monkeypatch):
+    monkeypatch.setattr("tx.tinker.supervisor._STOP_GRACE_S", 0.2)
+    supervisor = supervise("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LIVES)
+    supervisor.start()
+    wait_for(lambda: lines(trace))
+    supervisor.stop()
+    assert supervisor.pid is None
+
+
+def test_an_engine_that_cannot_start_is_not_started_again(supervise, trace):
+    codes, said = [], threading.Event()
+
+    def on_fatal(code: int) -> None:
+        codes.append(code)
+        said.set()
+
+    supervisor = supervise("open(__import__('sys').argv[1], 'a').write('try ')\nraise SystemExit(2)", on_fatal=on_fatal)
+    supervisor.start()
+    assert said.wait(20)
+    supervisor.stop()
+    assert codes == [2]
+    assert lines(trace) == ["try"]
+    assert supervisor.failure
+
+
+def test_no_orphan_when_the_supervising_process_is_killed(trace):
+    parent = f"""
+import sys
+from tx.tinker.supervisor import Supervisor
+Supervisor([sys.executable, "-c", {LIVES!r}, {str(trace)!r}]).start()
+import threading; threading.Event().wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    wait_for(lambda: lines(trace))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: "orphaned" in lines(trace))
+
+
+def test_the_engine_gets_its_environment(supervise, trace):
+    script = "import os, sys; open(sys.argv[1], 'a').write(os.environ['TX_DATABASE_URL'])\n" + LIVES
+    supervisor = supervise(script, environ={"TX_DATABASE_URL": "sqlite:///x"})
+    supervisor.start()
+    assert wait_for(lambda: lines(trace))[0].startswith("sqlite:///x")
+    assert PARENT_FD not in os.environ

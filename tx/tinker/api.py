@@ -1,0 +1,287 @@
+"""The HTTP process: ``python -m tx.tinker.api --help``.
+
+It validates requests, appends them to the job table, hands out results, and starts and watches the engine process. It
+answers as soon as it listens, while the engine still loads: jobs wait in the table. It never loads JAX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tx import __version__
+from tx.errors import InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.tinker.config import TxConfig, fail, parse_args
+from tx.tinker.db import open_database
+from tx.tinker.routes import checkpoints, futures, models, runs, sampling, service, sessions, training, weights
+from tx.tinker.service import Service
+from tx.tinker.supervisor import Supervisor, engine_command
+from tx.utils.log import set_up
+
+log = logging.getLogger(__name__)
+
+PREFIX = "/api/v1"
+MAX_BODY_BYTES = 64 * 2**20
+_DRAIN_BYTES = 2**30
+"""How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
+
+_SWEEP_S = 300.0
+
+STATUS: dict[type[Exception], int] = {
+    NotFound: 404,
+    TooLarge: 413,
+    InvalidInput: 400,
+    Overloaded: 429,
+    TxError: 500,
+    PoolTimeout: 503,
+    DBAPIError: 503,
+}
+"""Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
+
+
+def create_app(service_: Service) -> FastAPI:
+    """The application around one service; closing the service is the caller's."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(_sweep_for_ever(service_))
+        yield
+        sweeper.cancel()
+
+    app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
+    app.state.service = service_
+    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints):
+        app.include_router(module.router, prefix=PREFIX)
+    for kind in STATUS:
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(_Gate, service=service_)
+    return app
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status of an exception."""
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+
+
+async def _on_error(_request: Request, error: Exception) -> JSONResponse:
+    status = status_of(error)
+    if isinstance(error, TxError):
+        return _reply(status, str(error))
+    log.warning("Database: %s", error)
+    return _reply(status, "The database is not available at the moment; try again.")
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _reply(422, str(InvalidInput(str(first["loc"][-1]), first.get("input"), first["msg"])))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    detail = str(error.detail)
+    if error.status_code in (404, 405):
+        detail = f"{detail}: {request.method} {request.url.path} is not served here."
+    return _reply(error.status_code, detail)
+
+
+def _reply(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail or "No details."}, status_code=status)
+
+
+class _Gate:
+    """Around everything: the body limit, one answer for the unforeseen, one count and duration per request."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._metrics = service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            body = await _read_body(receive)
+            await self._app(scope, _replay(body, receive), counted_send)
+        except TooLarge as error:
+            await _reply(413, str(error))(scope, receive, counted_send)
+        except Exception:
+            name = uuid.uuid4().hex[:8]
+            log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
+            if status == 0:
+                await _reply(500, f"Internal error {name}; the server's log has more.")(scope, receive, counted_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._metrics.count("tx_http_requests_total", route=route, status=str(status))
+            self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""  # the client hung up; nobody will see the answer
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= MAX_BODY_BYTES:
+            parts.append(part)
+        else:
+            parts.clear()
+        if not message.get("more_body", False) or size > _DRAIN_BYTES:
+            break
+    if size > MAX_BODY_BYTES:
+        raise TooLarge("body", f"{size} bytes", f"at most {MAX_BODY_BYTES} bytes")
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return next_message
+
+
+async def _sweep_for_ever(service_: Service) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        try:
+            await asyncio.to_thread(service_.sweep)
+        except Exception:  # next time it may work; the service must not end for it
+            log.exception("Housekeeping failed")
+
+
+class _Server(uvicorn.Server):
+    """Stops the long polls and the engine with the first signal instead of after the last connection."""
+
+    def __init__(self, config: uvicorn.Config, service_: Service, supervisor: Supervisor | None) -> None:
+        super().__init__(config)
+        self._service = service_
+        self._supervisor = supervisor
+        self.exit_code = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Runs in the signal handler: only flags and a signal to the engine."""
+        self._service.watcher.stop()
+        if self._supervisor is not None:
+            self._supervisor.terminate()
+        super().handle_exit(sig, frame)
+
+    def on_engine_fatal(self, code: int) -> None:
+        """The engine said why it can't start; so can't we."""
+        self.exit_code = code
+        self._service.watcher.stop()
+        self.should_exit = True
+
+
+def run(config: TxConfig) -> int:
+    """Serve until a signal; the exit code."""
+    if not config.external_engine:
+        config.check_demo()
+    listener = _listen(config)
+    db = open_database(config.resolved_database_url)
+    service_ = Service(config, db)
+    servers: list[_Server] = []
+    supervisor = None
+    if not config.external_engine:
+        supervisor = Supervisor(
+            engine_command(config.to_argv()),
+            config.to_environ(),
+            on_fatal=lambda code: servers[0].on_engine_fatal(code),
+        )
+        service_.engine_process = supervisor
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
+    server = _Server(uvicorn.Config(create_app(service_), **options), service_, supervisor)
+    servers.append(server)
+    host, port = listener.getsockname()[:2]
+    log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+    try:
+        if supervisor is not None:
+            supervisor.start()
+        server.run(sockets=[listener])
+    finally:
+        if supervisor is not None:
+            supervisor.stop()
+        service_.close()
+    log.info("Stopped.")
+    return server.exit_code
+
+
+def _listen(config: TxConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(f"Can't listen on {config.host}:{config.port}: {reason}.") from error
+
+
+def _raise_file_limit() -> None:
+    """Without TLS, every call in flight is a connection, and a client may have hundreds (protocol §1.3)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    config = parse_args(sys.argv[1:] if argv is None else argv, prog="python -m tx.tinker.api")
+    set_up("api", config.log_level)
+    _raise_file_limit()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        _make_data_folder(config)
+        return run(config)
+    except StartupError as error:
+        fail(error)
+
+
+def _make_data_folder(config: TxConfig) -> None:
+    try:
+        config.data_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"--data-dir {config.data_folder} can't be made: {error.strerror}.") from error
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """What uvicorn's own handler falls back to when it is done: unwind and exit with code 0."""
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""Between many concurrent HTTP requests and the one job table: group their appends, wake their futures.
+
+Requests that arrive while a transaction is being written share the next one. Waiting futures hold no connection and
+no thread: one thread learns of commits and wakes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from tx.errors import InvalidInput, Overloaded
+from tx.tinker.jobs import Appended, JobTable, NewJob
+from tx.tinker.notify import ChangeSignal
+
+_MAX_GROUP_JOBS = 512
+_MAX_GROUP_BYTES = 32 * 2**20
+_MAX_WAITING_APPENDS = 10_000
+
+_Entry = tuple[NewJob, asyncio.AbstractEventLoop, "asyncio.Future[Appended | InvalidInput]"]
+
+
+class Appender:
+    """One thread that writes all appends, as many in one transaction as have arrived meanwhile."""
+
+    def __init__(self, jobs: JobTable) -> None:
+        self._jobs = jobs
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="append", daemon=True)
+        self._thread.start()
+
+    async def append(self, job: NewJob) -> int:
+        """The request_id, durable when this returns; raises InvalidInput if its seq is taken by another request."""
+        if self._queue.qsize() >= _MAX_WAITING_APPENDS:
+            raise Overloaded(f"{_MAX_WAITING_APPENDS} requests are waiting to be written; try again in a second.")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Appended | InvalidInput] = loop.create_future()
+        self._queue.put((job, loop, future))
+        answer = await future
+        if isinstance(answer, InvalidInput):
+            raise answer
+        return answer.request_id
+
+    def close(self) -> None:
+        """Write what was handed in, then stop."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            group, stop = [first], False
+            num_bytes = len(first[0].payload)
+            while len(group) < _MAX_GROUP_JOBS and num_bytes < _MAX_GROUP_BYTES:
+                try:
+                    entry = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if entry is None:
+                    stop = True
+                    break
+                group.append(entry)
+                num_bytes += len(entry[0].payload)
+            self._write(group)
+            if stop:
+                return
+
+    def _write(self, group: list[_Entry]) -> None:
+        try:
+            answers: list[Any] = list(self._jobs.append([job for job, _, _ in group]))
+        except Exception as error:  # every request of the group learns of it; the thread must live on
+            answers = [error] * len(group)
+        for (_, loop, future), answer in zip(group, answers, strict=True):
+            _call(loop, _resolve, future, answer)
+
+
+class Watcher:
+    """One thread that learns of commits and wakes the futures whose jobs are finished."""
+
+    def __init__(self, jobs: JobTable, signal: ChangeSignal) -> None:
+        self._jobs = jobs
+        self._signal = signal
+        self._lock = threading.Lock()
+        self._waiting: dict[int, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
+        self._someone = threading.Event()  # an idle service probes nothing
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    async def wait(self, request_id: int, timeout: float, check: Callable[[], bool]) -> bool:
+        """True once the job is finished, False after ``timeout`` seconds.
+
+        ``check`` asks the table once, in a thread, after this waiter is registered: a job that finished in between
+        is not missed.
+        """
+        me = (asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            self._waiting[request_id].add(me)
+            self._someone.set()
+        try:
+            if await asyncio.to_thread(check):
+                return True
+            if self._stopped:
+                return False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(me[1].wait(), timeout)
+            return me[1].is_set() and not self._stopped
+        finally:
+            with self._lock:
+                self._waiting[request_id].discard(me)
+                if not self._waiting[request_id]:
+                    del self._waiting[request_id]
+                if not self._waiting:
+                    self._someone.clear()
+
+    def stop(self) -> None:
+        """Send every waiter home (they answer "try again"); safe to call in a signal handler."""
+        self._stopped = True
+        self._someone.set()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self.stop()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._someone.wait()
+            if self._stopped or not self._signal.wait(0.25):
+                continue
+            with self._lock:
+                ids = list(self._waiting)
+            self._wake(self._jobs.finished_ids(ids))
+        with self._lock:
+            ids = list(self._waiting)
+        self._wake(set(ids))
+
+    def _wake(self, ids: set[int]) -> None:
+        with self._lock:
+            waiters = [waiter for request_id in ids for waiter in self._waiting.get(request_id, ())]
+        for loop, event in waiters:
+            _call(loop, event.set)
+
+
+def _resolve(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():  # the client hung up
+        return
+    if isinstance(answer, Exception) and not isinstance(answer, InvalidInput):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop may be closed by now, and with it whoever waited
+        loop.call_soon_threadsafe(function, *args)

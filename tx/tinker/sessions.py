@@ -1,0 +1,158 @@
+"""Sessions, models and samplers: create once, look up, keep alive, finish. Jobs are in ``tx.tinker.jobs``.
+
+A retried creation returns what the first one made: sessions by their idempotency key, samplers by their number.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from sqlalchemy.engine import Engine as Database
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col, select
+
+from tx.errors import InvalidInput, NotFound
+from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, reading, writing
+from tx.tinker.wire import paths
+
+
+class Sessions:
+    """The verbs. Any thread may call them; each call is one transaction."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def create(self, session: Session) -> str:
+        """Store a new session under a fresh id; a retry (same idempotency key) gets the first one's id."""
+        session.session_id = f"sess-{uuid.uuid4().hex[:20]}"
+        try:
+            with writing(self._db) as db:
+                if session.idempotency_key is not None:
+                    query = select(Session.session_id).where(Session.idempotency_key == session.idempotency_key)
+                    first = db.exec(query).first()
+                    if first is not None:
+                        return first
+                db.add(session)
+        except IntegrityError:  # another API process was faster with the same key
+            return self.create(session)
+        return session.session_id
+
+    def get(self, session_id: str) -> Session:
+        """A session, finished or not."""
+        with reading(self._db) as db:
+            session = db.get(Session, session_id)
+        if session is None:
+            raise NotFound("session_id", session_id, "a session of this server")
+        return session
+
+    def get_open(self, session_id: str) -> Session:
+        """A session that still takes requests."""
+        return _open(self.get(session_id))
+
+    def heartbeat(self, session_id: str) -> Session:
+        """Note that the client lives."""
+        with writing(self._db) as db:
+            session = db.get(Session, session_id)
+            if session is not None and session.finished_at is None:
+                session.heartbeat_at = now()
+        if session is None:
+            raise NotFound("session_id", session_id, "a session of this server")
+        return session
+
+    def finish(self, session_id: str, reason: str, detail: str | None) -> None:
+        """End a session; the first end stays."""
+        with writing(self._db) as db:
+            session = db.get(Session, session_id)
+            if session is None:
+                raise NotFound("session_id", session_id, "a session of this server")
+            if session.finished_at is None:
+                session.finished_at, session.finish_reason, session.finish_detail = now(), reason, detail
+
+    def model(self, model_id: str) -> Model:
+        """A model, whatever became of its session."""
+        with reading(self._db) as db:
+            model = db.get(Model, model_id)
+        if model is None:
+            raise NotFound("model_id", model_id, "a model of this server")
+        return model
+
+    def model_for_work(self, model_id: str) -> Model:
+        """A model that still takes jobs."""
+        with reading(self._db) as db:
+            model = db.get(Model, model_id)
+            session = db.get(Session, model.session_id) if model is not None else None
+        if model is None:
+            raise NotFound("model_id", model_id, "a model of this server")
+        if session is not None:
+            _open(session)
+        return model
+
+    def sampler(self, sampler_id: str) -> Sampler:
+        """A sampler, whatever became of its session."""
+        with reading(self._db) as db:
+            sampler = db.get(Sampler, sampler_id)
+        if sampler is None:
+            raise NotFound("sampling_session_id", sampler_id, "a sampling session of this server")
+        return sampler
+
+    def sampler_for_work(self, sampler_id: str) -> Sampler:
+        """A sampler that still takes jobs."""
+        with reading(self._db) as db:
+            sampler = db.get(Sampler, sampler_id)
+            session = db.get(Session, sampler.session_id) if sampler is not None else None
+        if sampler is None:
+            raise NotFound("sampling_session_id", sampler_id, "a sampling session of this server")
+        if session is not None:
+            _open(session)
+        return sampler
+
+    def create_sampler(self, sampler: Sampler) -> Sampler:
+        """Store a sampler; a retry (same session and number, same weights) gets the first one."""
+        with writing(self._db) as db:
+            session = db.get(Session, sampler.session_id)
+            if session is None:
+                raise NotFound("session_id", sampler.session_id, "a session of this server")
+            _open(session)
+            first = db.get(Sampler, sampler.sampler_id)
+            if first is None:
+                db.add(sampler)
+                return sampler
+        same = (first.model_path, first.base_model, first.kind) == (
+            sampler.model_path,
+            sampler.base_model,
+            sampler.kind,
+        )
+        if not same:
+            raise InvalidInput("sampling_session_seq_id", sampler.seq, "a number that this session has not used yet")
+        return first
+
+    def checkpoint(self, path: paths.TinkerPath, field: str = "path") -> tuple[Checkpoint, Model]:
+        """A finished checkpoint and the model that it was saved from."""
+        query = select(Checkpoint).where(
+            Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
+        )
+        with reading(self._db) as db:
+            checkpoint = db.exec(query).first()
+            model = db.get(Model, path.model_id)
+        if checkpoint is None or model is None or (checkpoint.expires_at or now()) < now():
+            raise NotFound(field, str(path), "the path of a checkpoint on this server")
+        return checkpoint, model
+
+    def recent(self, limit: int, offset: int) -> list[str]:
+        """Ids of the newest sessions."""
+        query = select(Session.session_id).order_by(col(Session.created_at).desc(), Session.session_id)
+        with reading(self._db) as db:
+            return list(db.exec(query.limit(limit).offset(offset)).all())
+
+    def contents(self, session_id: str) -> tuple[list[str], list[str]]:
+        """Ids of the models and samplers of a session."""
+        models = select(Model.model_id).where(Model.session_id == session_id).order_by(col(Model.model_seq_id))
+        samplers = select(Sampler.sampler_id).where(Sampler.session_id == session_id).order_by(col(Sampler.seq))
+        with reading(self._db) as db:
+            return list(db.exec(models).all()), list(db.exec(samplers).all())
+
+
+def _open(session: Session) -> Session:
+    if session.finished_at is not None:
+        raise InvalidInput("session_id", session.session_id, "a session that its client has not finished")
+    return session

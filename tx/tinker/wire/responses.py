@@ -1,0 +1,208 @@
+"""Bodies of the JSON replies (protocol §2). Unset optional fields are left out: a null can be invalid for a client."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class _Reply(BaseModel):
+    pass
+
+
+class Future(_Reply):
+    """What a request that became a job is answered with."""
+
+    request_id: str
+    model_id: str | None = None
+    sample_sequence_ids: list[str] | None = None
+
+
+class TryAgain(_Reply):
+    """A future that is not there yet (HTTP 408)."""
+
+    type: Literal["try_again"] = "try_again"
+    request_id: str
+    queue_state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
+    queue_state_reason: str | None = None
+
+
+class Failure(_Reply):
+    """A future that failed (HTTP 200: the request for it went well)."""
+
+    error: str
+    category: Literal["unknown", "server", "user"]
+    request_id: str
+
+
+class CreatedSession(_Reply):
+    """create_session."""
+
+    session_id: str
+    info_message: str | None = None
+    warning_message: str | None = None
+    error_message: str | None = None
+    type: Literal["create_session"] = "create_session"
+
+
+class Heartbeat(_Reply):
+    """session_heartbeat."""
+
+    type: Literal["session_heartbeat"] = "session_heartbeat"
+
+
+class SamplingSession(_Reply):
+    """create_sampling_session."""
+
+    sampling_session_id: str
+    type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class ModelData(_Reply):
+    """What a client needs to tokenize for a model."""
+
+    arch: str | None = None
+    model_name: str
+    tokenizer_id: str | None = None
+
+
+class ModelInfo(_Reply):
+    """get_info; ``optimizer_config`` must be absent rather than null."""
+
+    type: Literal["get_info"] = "get_info"
+    model_id: str
+    model_data: ModelData
+    is_lora: bool = True
+    lora_rank: int
+    model_name: str
+    optimizer_config: dict[str, Any] | None = None
+
+
+class Sampler(_Reply):
+    """samplers/{id}."""
+
+    sampler_id: str
+    base_model: str
+    model_path: str | None = None
+
+
+class SupportedModel(_Reply):
+    """One name under which a base model is served."""
+
+    model_name: str
+    max_context_length: int | None = None
+    trainable: bool = True
+    sampleable: bool = True
+
+
+class Capabilities(_Reply):
+    """get_server_capabilities."""
+
+    supported_models: list[SupportedModel]
+
+
+class Checkpoint(_Reply):
+    """One checkpoint in a listing."""
+
+    checkpoint_id: str
+    checkpoint_type: Literal["training", "sampler"]
+    time: datetime
+    tinker_path: str
+    size_bytes: int
+    public: bool
+    user_metadata: dict[str, str] | None = None
+    expires_at: datetime | None = None
+
+
+def checkpoint(row: dict[str, Any]) -> Checkpoint:
+    """The columns of a stored checkpoint as clients list it."""
+    return Checkpoint(
+        checkpoint_id=f"{row['kind']}/{row['name']}",
+        checkpoint_type="training" if row["kind"] == "weights" else "sampler",
+        time=timestamp(row["created_at"]),
+        tinker_path=f"tinker://{row['model_id']}/{row['kind']}/{row['name']}",
+        size_bytes=row["size_bytes"],
+        public=row["public"],
+        user_metadata=row["user_metadata"] or None,
+        expires_at=timestamp(row["expires_at"]) if row["expires_at"] is not None else None,
+    )
+
+
+class Cursor(_Reply):
+    """Where a page of a listing lies."""
+
+    offset: int
+    limit: int
+    total_count: int
+
+
+class Checkpoints(_Reply):
+    """Listings of checkpoints; only the one over all models has a cursor."""
+
+    checkpoints: list[Checkpoint]
+    cursor: Cursor | None = None
+
+
+class TrainingRun(_Reply):
+    """A model, as the REST listing calls it."""
+
+    training_run_id: str
+    base_model: str
+    model_owner: str = "local"
+    is_lora: bool = True
+    corrupted: bool = False
+    lora_rank: int
+    last_request_time: datetime
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class TrainingRuns(_Reply):
+    """training_runs."""
+
+    training_runs: list[TrainingRun]
+    cursor: Cursor
+
+
+class WeightsInfo(_Reply):
+    """weights_info: what a client must know to create a model for a checkpoint."""
+
+    base_model: str
+    is_lora: bool = True
+    lora_rank: int
+    train_unembed: bool
+    train_mlp: bool
+    train_attn: bool
+    optimizer_config: dict[str, Any] | None = None
+
+
+class Sessions(_Reply):
+    """sessions."""
+
+    sessions: list[str]
+
+
+class Session(_Reply):
+    """sessions/{id}."""
+
+    training_run_ids: list[str]
+    sampler_ids: list[str]
+    user_metadata: dict[str, str] | None = None
+    display_name: str | None = None
+
+
+class Health(_Reply):
+    """healthz: ``status`` is ok only while the engine is ready."""
+
+    status: Literal["ok", "starting", "recovering", "failed"]
+    engine: str
+    base_model: str
+    detail: str | None = None
+
+
+def timestamp(seconds: float) -> datetime:
+    """Seconds since the epoch as the timezone-aware time that clients insist on."""
+    return datetime.fromtimestamp(seconds, UTC)
