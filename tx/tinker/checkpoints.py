@@ -43,6 +43,7 @@ class CheckpointCard:
     lora: LoraConfig
     step: int  # optimizer steps behind these weights
     created_at: float
+    num_experts_per_tok: int = 0  # of the base model as the adapter's expert rank has it; 0 is a dense model
 
 
 def check_ttl(ttl_seconds: object) -> float | None:
@@ -134,6 +135,7 @@ class CheckpointFolders:
                 lora=LoraConfig(**described["lora"]),
                 step=described["step"],
                 created_at=described["created_at"],
+                num_experts_per_tok=described["num_experts_per_tok"],
             )
             return card, described["files"]
         except FileNotFoundError as error:

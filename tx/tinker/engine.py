@@ -1,0 +1,358 @@
+"""The engine: the process that computes. ``python -m tx.tinker.engine`` with the flags of ``tx.tinker.config``.
+
+The life of a job:
+
+1. The API appended it; the change signal wakes us.
+2. ``JobTable.claim`` marks it running; it waits here, in memory.
+3. ``scheduler.plan`` says when it may start: its model's order, its sampler's snapshot, its tenant's turn.
+4. A lost model or snapshot is rebuilt first (``Rebuilds``); the job waits, the others don't.
+5. ``Work.start`` runs its handler. A barrier (step, load, save) acts at once; rows of ``forward_backward`` and
+   ``sample`` go to the worker.
+6. The loop gives the worker one training micro-batch and one decode slice in turn.
+7. What a slice finished is encoded and committed at once; the commit wakes the API, which hands the bytes out.
+   Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
+8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server".
+
+After a crash the jobs that were running are claimed again, and models come back on their first job. It serves no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from sqlalchemy import delete
+from sqlalchemy.engine import Engine as Database
+from sqlmodel import col, select
+
+from tx.errors import InvalidInput, StartupError, TxError
+from tx.tinker import recordings, startup
+from tx.tinker.checkpoints import CheckpointFolders
+from tx.tinker.config import fail, parse_args
+from tx.tinker.db import Checkpoint, Job, now, reading, writing
+from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
+from tx.tinker.notify import ChangeSignal
+from tx.tinker.rebuild import Rebuilds
+from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
+from tx.tinker.wire.paths import TinkerPath
+from tx.tinker.work import Work, Writing, made_sampler
+from tx.types import Finished
+from tx.utils import log as log_setup
+from tx.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING_SAMPLES = 1024
+MAX_WAITING_TRAINING = 256
+"""Claimed jobs kept in memory per sort: enough to plan with, while a flood of one sort can't lock the other out."""
+
+DEFAULT_DECODE_SLOTS = 256
+"""As the worker's on a GPU; twice as many requests are handed to it, so that slots never wait for the loop."""
+
+SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
+"""Kinds that don't need their model's present state."""
+
+HOUSEKEEPING_EVERY_S = 60.0
+PRUNE_JOBS_AFTER_S = 7 * 86400.0
+_IDLE_WAIT_S = 0.25
+_WRITING_WAIT_S = 0.005
+
+_SAMPLING_KINDS = (SAMPLE,)
+_OTHER_KINDS = tuple(kind for kind in JOB_KINDS if kind != SAMPLE)
+
+
+class Engine:
+    """The loop and what it holds. One thread drives it: ``run``, or ``step`` by step in tests."""
+
+    def __init__(
+        self,
+        db: Database,
+        signal: ChangeSignal,
+        worker: Worker,
+        folders: CheckpointFolders,
+        base_model: str,
+        *,
+        sample_room: int,
+    ) -> None:
+        self._db = db
+        self._signal = signal
+        self._worker = worker
+        self._folders = folders
+        self._base_model = base_model
+        self._sample_room = sample_room
+        self._jobs = JobTable(db, signal)
+        self._work = Work(db, worker, folders, base_model)
+        self._rebuilds = Rebuilds(db, self._jobs, worker, self._work)
+        self._waiting: dict[int, tuple[JobHeader, Job]] = {}
+        self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
+        self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild that they wait for
+        self._last_barrier: dict[str, int] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
+        self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
+        self._look = True  # something may be pending in the table
+        self._replan = False
+        self._next_housekeeping = 0.0
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Work until told to stop; what is unfinished then goes back to the table."""
+        requeued = self._jobs.requeue(self._base_model)
+        if requeued:
+            log.info("%d jobs of the previous engine start again", requeued)
+        while not stopping():
+            if not self.step():
+                self._wait()
+        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._jobs.requeue(self._base_model)
+
+    def step(self) -> bool:
+        """One round of the loop; False if there was nothing to do."""
+        self._claim()
+        self._advance_rebuilds()
+        self._start_ready()
+        worked = self._compute()
+        self._collect_writes()
+        self._keep_house()
+        return worked or self._replan or bool(self._rebuilds)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is claimed and unfinished, files included."""
+        return not (self._waiting or self._running or self._writing)
+
+    def _wait(self) -> None:
+        if self._signal.wait(_WRITING_WAIT_S if self._writing else _IDLE_WAIT_S):
+            self._look = True
+
+    # ---- 2: claim ---------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        if not (self._look or self._signal.wait(0.0)):
+            return
+        num_samples = sum(header.is_sample for header, _ in self._waiting.values())
+        rooms = (
+            (_OTHER_KINDS, MAX_WAITING_TRAINING - (len(self._waiting) - num_samples)),
+            (_SAMPLING_KINDS, MAX_WAITING_SAMPLES - num_samples),
+        )
+        self._look = False
+        for kinds, room in rooms:
+            claimed = self._jobs.claim(self._base_model, room, kinds) if room > 0 else []
+            for job in claimed:
+                self._admit(job)
+            self._look |= len(claimed) >= room  # there may be more: look again without being woken
+
+    def _admit(self, job: Job) -> None:
+        request_id = job.request_id or 0
+        try:
+            sampler_id = job.sampler_id if job.kind == SAMPLE else made_sampler(job)
+            header = JobHeader(request_id, job.kind, job.session_id, job.model_id, job.seq_id, sampler_id)
+        except InvalidInput as error:
+            self._fail(job, error)
+            return
+        self._waiting[request_id] = header, job
+        self._replan = True
+
+    # ---- 3: plan, 5: start ------------------------------------------------------------------------------------
+
+    def _start_ready(self) -> None:
+        while self._replan:  # a barrier that acted at once lets what is behind it go
+            self._replan = False
+            decision = plan(
+                [header for header, _ in self._waiting.values() if not self._is_blocked_sample(header)],
+                [header for header, _ in self._running.values()],
+                sample_room=self._sample_room - sum(header.is_sample for header, _ in self._running.values()),
+                last_barrier=self._last_barrier,
+            )
+            for header in decision.late:
+                _, job = self._waiting.pop(header.request_id)
+                barrier = self._last_barrier.get(header.model_id or "")
+                self._fail(job, InvalidInput("seq_id", header.seq_id, f"above {barrier}, which has already run"))
+            for header in decision.start:
+                if header.request_id not in self._blocked:
+                    self._start(header)
+
+    def _is_blocked_sample(self, header: JobHeader) -> bool:
+        """Blocked samples take no turns of others; blocked jobs of a model stay, to hold what is behind them."""
+        return header.is_sample and header.request_id in self._blocked
+
+    def _start(self, header: JobHeader) -> None:
+        _, job = self._waiting[header.request_id]
+        try:
+            missing = self._missing(job)
+            if missing is not None:
+                self._blocked[header.request_id] = missing
+                return
+            del self._waiting[header.request_id]
+            outcome = self._work.start(job)
+        except Exception as error:
+            self._waiting.pop(header.request_id, None)
+            self._fail(job, error)
+            self._passed(header)
+            return
+        if outcome is None:
+            self._running[header.request_id] = header, job
+            return
+        if isinstance(outcome, Writing):
+            self._writing[header.request_id] = job, outcome, self._writer.submit(outcome.write)
+        else:
+            self._jobs.commit([outcome])
+        self._passed(header)
+
+    def _passed(self, header: JobHeader) -> None:
+        """The job's effect on its model is over, so what waits behind it may start."""
+        self._replan = True
+        if header.is_barrier and header.model_id is not None and header.seq_id is not None:
+            last = self._last_barrier.get(header.model_id, -1)
+            self._last_barrier[header.model_id] = max(last, header.seq_id)
+
+    # ---- 4: rebuild -------------------------------------------------------------------------------------------
+
+    def _missing(self, job: Job) -> str | None:
+        """The rebuild that a job has to wait for, begun if need be; None if all it needs is resident."""
+        if job.kind == SAMPLE:
+            need = self._work.snapshot_need(job)
+            if need is None or self._work.load_snapshot(need):
+                return None
+            if need.snapshot_id not in self._rebuilds:
+                self._rebuilds.begin_snapshot(need)
+            return need.snapshot_id
+        model_id = job.model_id or ""
+        if model_id not in self._rebuilds:
+            if job.kind in SELF_SUFFICIENT or self._worker.has_model(model_id):
+                return None
+            self._rebuilds.begin_model(model_id)
+        return model_id
+
+    def _advance_rebuilds(self) -> None:
+        for key, error in self._rebuilds.advance().items():
+            barrier = self._rebuilds.last_barrier.pop(key, -1)
+            self._last_barrier[key] = max(self._last_barrier.get(key, -1), barrier)
+            freed = [request_id for request_id, rebuild in self._blocked.items() if rebuild == key]
+            for request_id in freed:
+                del self._blocked[request_id]
+                if error is not None:
+                    _, job = self._waiting.pop(request_id)
+                    self._fail(job, error)
+            self._replan = True
+
+    # ---- 6: compute, 7: commit --------------------------------------------------------------------------------
+
+    def _compute(self) -> bool:
+        worked = False
+        if self._worker.training:
+            self._deliver(self._slice(self._worker.train_slice, COMMUTING))
+            worked = True
+        if self._worker.sampling:
+            self._deliver(self._slice(self._worker.sample_slice, frozenset({SAMPLE})))
+            worked = True
+        return worked
+
+    def _slice(self, run: Callable[[], list[Finished]], kinds: frozenset[str]) -> list[Finished]:
+        """One slice; if the worker itself breaks, the jobs of that sort that it holds fail and the engine goes on."""
+        try:
+            return run()
+        except Exception as error:
+            held = [header for header, _ in self._running.values() if header.kind in kinds]
+            log.exception("the worker broke; %d jobs fail", len(held))
+            for header in held:
+                if header.is_sample:
+                    self._worker.cancel_sample(header.request_id)
+                elif header.model_id is not None:
+                    self._worker.drop_model(header.model_id)  # it comes back from its jobs that went well
+            if SAMPLE not in kinds:
+                self._rebuilds.abort(error)
+            return [Finished(header.request_id, error=error) for header in held]
+
+    def _deliver(self, finished: Iterable[Finished]) -> None:
+        outcomes: list[Outcome] = []
+        for done in finished:
+            if done.job_id < 0:
+                self._rebuilds.take(done)
+                continue
+            header, job = self._running.pop(done.job_id)
+            try:
+                if done.error is not None:
+                    raise done.error
+                assert done.result is not None  # one of the two is set
+                outcomes.append(self._work.finish(job, done.result))
+            except Exception as error:
+                self._fail(job, error)
+            self._passed(header)
+        if outcomes:
+            self._jobs.commit(outcomes)
+
+    def _collect_writes(self) -> None:
+        for request_id, (job, writing_job, future) in list(self._writing.items()):
+            if not future.done():
+                continue
+            del self._writing[request_id]
+            try:
+                self._jobs.commit([writing_job.outcome(future.result())])
+            except Exception as error:
+                self._work.abandon(writing_job)
+                self._fail(job, error)
+
+    # ---- 8: fail ----------------------------------------------------------------------------------------------
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        rows = self._work.rows_of_failure(job)
+        if isinstance(error, InvalidInput):
+            self._jobs.fail(job.request_id or 0, str(error), "user", rows)
+        elif isinstance(error, TxError):
+            log.warning("%s %s failed: %s", job.kind, job.request_id, error)
+            self._jobs.fail(job.request_id or 0, str(error), "server", rows)
+        else:
+            short = uuid.uuid4().hex[:8]
+            log.error("%s %s failed (%s)", job.kind, job.request_id, short, exc_info=error)
+            text = f"Internal error {short} ({type(error).__name__}); the server's log has more."
+            self._jobs.fail(job.request_id or 0, text, "server", rows)
+
+    # ---- now and then -----------------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        """Delete what has expired: checkpoints, recordings, payloads and results that nobody can need."""
+        if now() < self._next_housekeeping:
+            return
+        self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
+        with reading(self._db) as session:
+            query = select(Checkpoint).where(col(Checkpoint.expires_at) < now())
+            expired = session.exec(query).all()
+        for row in expired:
+            with writing(self._db) as session:
+                session.exec(delete(Checkpoint).where(col(Checkpoint.id) == row.id))
+            self._folders.delete(TinkerPath(row.model_id, row.kind, row.name))  # type: ignore[arg-type]
+            log.info("checkpoint %s/%s of %s has expired", row.kind, row.name, row.model_id)
+        recordings.prune(self._db, now() - recordings.KEPT_S)
+        self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of the process; every reason not to start is one sentence and exit code 2."""
+    config = parse_args(sys.argv[1:] if argv is None else argv, "python -m tx.tinker.engine")
+    log_setup.set_up("engine", config.log_level)
+    stopping = startup.stop_signals()
+    try:
+        with startup.start(config) as ready:
+            engine = Engine(
+                ready.db,
+                ready.signal,
+                ready.worker,
+                ready.folders,
+                config.base_model_name,
+                sample_room=2 * (config.sample_max_num_sequences or DEFAULT_DECODE_SLOTS),
+            )
+            ready.registration.update("ready")
+            log.info("ready")
+            engine.run(stopping.is_set)
+            log.info("stopped")
+    except StartupError as error:
+        fail(error)
+    logging.shutdown()
+    os._exit(0)  # a thread that still writes a checkpoint must not hold the exit: its job is back in the table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Bring lost models and ephemeral snapshots back, a little at a time, while everybody else's work goes on.
+
+A rebuild is a generator: it restores the starting point that ``tx.tinker.recovery`` chose, hands the finished jobs to
+the worker again, and yields whenever it has to wait for a micro-batch. The engine advances it between slices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from sqlalchemy.engine import Engine as Database
+from sqlmodel import select
+
+from tx.errors import ModelLost, TxError
+from tx.tinker.db import Checkpoint, reading
+from tx.tinker.jobs import JobTable
+from tx.tinker.recovery import Replay, plan_replay
+from tx.tinker.scheduler import COMMUTING
+from tx.tinker.wire.paths import TinkerPath
+from tx.tinker.work import SnapshotNeed, Work
+from tx.types import Finished
+from tx.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class Rebuilds:
+    """The rebuilds under way. Keys are model ids and snapshot ids."""
+
+    def __init__(self, db: Database, jobs: JobTable, worker: Worker, work: Work) -> None:
+        self._db = db
+        self._jobs = jobs
+        self._worker = worker
+        self._work = work
+        self._under_way: dict[str, Iterator[None]] = {}
+        self._next_id = -1  # the worker's job ids below zero are replays: nobody is answered
+        self._awaited: set[int] = set()
+        self._finished: dict[int, Finished] = {}
+        self.last_barrier: dict[str, int] = {}
+        """By rebuilt model: the highest seq of a barrier that it has behind it."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._under_way
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def begin_model(self, model_id: str) -> None:
+        """Start to rebuild a model; raises what makes that impossible."""
+        replay = self._plan(model_id)
+        barriers = [job.seq_id for job in self._jobs.history(model_id) if job.kind not in COMMUTING]
+        self.last_barrier[model_id] = max((seq_id for seq_id in barriers if seq_id is not None), default=-1)
+        self._under_way[model_id] = self._rebuild(replay, model_id)
+
+    def begin_snapshot(self, need: SnapshotNeed) -> None:
+        """Start to rebuild an ephemeral snapshot, on a model of its own that goes when it is taken."""
+        replay = self._plan(need.model_id, until=need.request_id)
+        self._under_way[need.snapshot_id] = self._rebuild_snapshot(replay, need)
+
+    def take(self, finished: Finished) -> None:
+        """A replayed micro-batch's outcome."""
+        self._finished[finished.job_id] = finished
+
+    def abort(self, error: Exception) -> None:
+        """The worker broke: whatever was handed to it will not come back."""
+        for job_id in self._awaited:
+            self._finished[job_id] = Finished(job_id, error=error)
+
+    def advance(self) -> dict[str, Exception | None]:
+        """Go on with each until it has to wait; those that ended, with what failed them."""
+        ended: dict[str, Exception | None] = {}
+        for key, rebuild in list(self._under_way.items()):
+            try:
+                next(rebuild)
+            except StopIteration:
+                ended[key] = None
+            except Exception as error:
+                ended[key] = error if isinstance(error, TxError) else ModelLost(f"{key} can't be rebuilt: {error}")
+                if not isinstance(error, TxError):
+                    log.exception("rebuilding %s failed", key)
+        for key in ended:
+            del self._under_way[key]
+        return ended
+
+    def _plan(self, model_id: str, until: int | None = None) -> Replay:
+        with reading(self._db) as session:
+            checkpoints = session.exec(select(Checkpoint).where(Checkpoint.model_id == model_id)).all()
+        return plan_replay(model_id, self._jobs.history(model_id), checkpoints, until)
+
+    def _rebuild(self, replay: Replay, target: str) -> Iterator[None]:
+        log.info("rebuilding %s: %s jobs after %s", target, len(replay.jobs), _start_of(replay))
+        try:
+            yield from self._replay(replay, target)
+        except BaseException:
+            self._worker.drop_model(target)  # half a model must not look like a whole one
+            raise
+        log.info("rebuilt %s", target)
+
+    def _replay(self, replay: Replay, target: str) -> Iterator[None]:
+        if replay.checkpoint is not None:
+            path = TinkerPath(replay.checkpoint.model_id, "weights", replay.checkpoint.name)
+            self._worker.restore_model(target, self._work.read_state(path), with_optimizer=True)
+            self._work.applied[target] = replay.checkpoint.seq_id
+        waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
+        for job in replay.jobs:
+            if job.kind != "forward_backward":
+                yield from self._wait(waiting)
+            job_id, self._next_id = self._next_id, self._next_id - 1
+            if self._work.redo(job, target, job_id):
+                self._awaited.add(job_id)
+                waiting.append(job_id)
+        yield from self._wait(waiting)
+
+    def _rebuild_snapshot(self, replay: Replay, need: SnapshotNeed) -> Iterator[None]:
+        target = f"{need.snapshot_id}#rebuild"
+        try:
+            yield from self._rebuild(replay, target)
+            self._work.keep_rebuilt(need, target)
+        finally:
+            self._worker.drop_model(target)
+
+    def _wait(self, waiting: list[int]) -> Iterator[None]:
+        while waiting:
+            finished = self._finished.pop(waiting[0], None)
+            if finished is None:
+                yield
+                continue
+            self._awaited.discard(waiting.pop(0))
+            if finished.error is not None:
+                raise ModelLost(f"a replayed job failed: {finished.error}") from finished.error
+
+
+def _start_of(replay: Replay) -> str:
+    return "its creation" if replay.checkpoint is None else f"checkpoint {replay.checkpoint.name}"

@@ -1,0 +1,155 @@
+"""From parsed flags to an engine that can run: database, base model, compile cache, registration; and how to stop.
+
+Whatever can't work here raises StartupError, one sentence for the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from sqlalchemy.engine import Engine as Database
+
+from tx.errors import StartupError
+from tx.tinker.base_model import locate
+from tx.tinker.checkpoints import CheckpointFolders
+from tx.tinker.config import TxConfig
+from tx.tinker.db import open_database
+from tx.tinker.notify import ChangeSignal
+from tx.tinker.registration import Registration
+from tx.utils.log import human_bytes
+from tx.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+PARENT_FD = "TX_PARENT_FD"
+"""Environment variable with the read end of a pipe that our parent holds: end of file means that it is gone."""
+
+HARD_STOP_S = 2.5
+"""A slice or a compilation that takes longer than this is not waited for: its jobs start again next time."""
+
+_PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What ``start`` has set up."""
+
+    db: Database
+    signal: ChangeSignal
+    worker: Worker
+    folders: CheckpointFolders
+    registration: Registration
+
+
+@contextlib.contextmanager
+def start(config: TxConfig) -> Iterator[Ready]:
+    """Load everything; on the way out the registration says how it ended."""
+    db = open_database(config.resolved_database_url)
+    registration = Registration(db, config.base_model_name, config.served_names)
+    try:
+        worker = _load(config, registration)
+        folders = CheckpointFolders(config.checkpoints_folder)
+        folders.sweep()
+        yield Ready(db, ChangeSignal(config.resolved_database_url), worker, folders, registration)
+    except StartupError as error:
+        registration.close("failed", str(error))
+        raise
+    except BaseException as error:
+        registration.close("failed", f"{type(error).__name__}: {error}")
+        raise
+    registration.close("stopped")
+
+
+def stop_signals() -> threading.Event:
+    """An event that SIGTERM, SIGINT or our parent's death sets; soon after, the process is gone either way.
+
+    A thread waits for the signals, because a handler would not run while the main thread is compiling.
+    """
+    stop = threading.Event()
+    handled = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+
+    def give_up_later() -> None:
+        stop.set()
+        time.sleep(HARD_STOP_S)
+        os._exit(0)
+
+    def watch_signals() -> None:
+        signal.sigwait(handled)
+        give_up_later()
+
+    def watch_parent(descriptor: int) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(descriptor, 1):
+                pass
+        give_up_later()
+
+    threading.Thread(target=watch_signals, name="signals", daemon=True).start()
+    if (descriptor := os.environ.get(PARENT_FD)) is not None:
+        threading.Thread(target=watch_parent, args=(int(descriptor),), name="parent", daemon=True).start()
+    return stop
+
+
+def _load(config: TxConfig, registration: Registration) -> Worker:
+    began = time.monotonic()
+    _use_compile_cache(config)
+    files = locate(config)
+    registration.update("starting", f"reading {files.folder.name}", tokenizer=files.tokenizer)
+    log.info("reading %s from %s", config.base_model_name, files.folder)
+    worker = Worker(
+        files.folder,
+        config.base_model_name,
+        dtype=config.dtype,
+        max_lora_adapters=config.max_lora_adapters,
+        max_lora_rank=config.max_lora_rank,
+        data_parallel_size=config.data_parallel_size,
+        fully_sharded_data_parallel_size=config.fully_sharded_data_parallel_size,
+        expert_parallel_size=config.expert_parallel_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        train_micro_batch_size=config.train_micro_batch_size,
+        train_micro_batch_tokens=config.train_micro_batch_tokens,
+        sample_max_num_sequences=config.sample_max_num_sequences,
+        gradient_checkpointing=config.gradient_checkpointing,
+        shard_attention_heads=config.shard_attention_heads,
+        enforce_eager=config.enforce_eager,
+        progress=_progress(registration),
+    )
+    card = worker.card
+    registration.update("starting", "loaded", card=card)
+    log.info(
+        "loaded %s: %.1fM parameters, %s on %d %s device(s), context %d, in %.1f s",
+        card.base_model, card.num_params / 1e6, human_bytes(card.weight_bytes), jax.device_count(),
+        jax.default_backend(), card.max_context, time.monotonic() - began,
+    )  # fmt: skip
+    return worker
+
+
+def _use_compile_cache(config: TxConfig) -> None:
+    config.compile_cache_folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(config.compile_cache_folder))
+    # The default keeps only what took a second: on CPU most programs of a small model take less, and add up.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _progress(registration: Registration) -> Callable[[int, int], None]:
+    """Says how far reading the weights is, now and then."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _PROGRESS_EVERY_S and total:
+            last = time.monotonic()
+            detail = f"reading weights: {100 * done // total} % of {human_bytes(total)}"
+            registration.update("starting", detail)
+            log.info(detail)
+
+    return report

@@ -1,0 +1,397 @@
+"""What the engine does for each kind of job: one handler per kind, from a stored payload to an outcome.
+
+A handler finishes at once (``Outcome``), or leaves files to be written meanwhile (``Writing``), or hands its rows to the
+worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone.
+When a job may start is the scheduler's to say; how a lost model comes back is in ``tx.tinker.rebuild``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy.engine import Engine as Database
+from sqlmodel import SQLModel, select
+
+from tx import types
+from tx.errors import InvalidInput, ModelLost, NotFound, Unsupported
+from tx.tinker import model_files, recordings
+from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
+from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
+from tx.tinker.jobs import Outcome
+from tx.tinker.wire import codec, paths
+from tx.tinker.wire.optimizer import adam_params, check_optimizer_config
+from tx.tinker.wire.paths import TinkerPath
+from tx.worker.worker import Worker
+
+MAX_SNAPSHOTS = 128
+"""Snapshots that the worker keeps, on the device or parked; older ones come back from disk or by replay when used."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A job that has had its effect and still has files to write: ``write`` in any thread, then ``outcome`` here."""
+
+    path: TinkerPath
+    write: Callable[[], int]  # returns bytes written
+    outcome: Callable[[int], Outcome]
+
+
+@dataclass(frozen=True)
+class SnapshotNeed:
+    """The weights that a sample runs on: a checkpoint's, or those of ``model_id`` when job ``request_id`` ran."""
+
+    snapshot_id: str
+    path: TinkerPath | None = None
+    model_id: str = ""
+    request_id: int = 0
+
+
+class Work:
+    """The handlers, and what they share. Driven by the engine's one thread."""
+
+    def __init__(self, db: Database, worker: Worker, folders: CheckpointFolders, base_model: str) -> None:
+        self._db = db
+        self._worker = worker
+        self._folders = folders
+        self._base_model = base_model
+        self._snapshots: OrderedDict[str, None] = OrderedDict()
+        self._needs: dict[int, SnapshotNeed | None] = {}  # by sample job that waits for its snapshot
+        self._being_written: set[str] = set()
+        self.applied: dict[str, int | None] = {}
+        """By model: ``seq_id`` of the last job whose effect its weights and moments hold."""
+        self._handlers: dict[str, Callable[[Job, str], Outcome | Writing | None]] = {
+            "create_model": self._create_model,
+            "load_weights": self._load_weights,
+            "unload_model": self._unload_model,
+            "forward": self._forward_backward,
+            "forward_backward": self._forward_backward,
+            "optim_step": self._optim_step,
+            "save_weights": self._save_weights,
+            "save_weights_for_sampler": self._save_weights_for_sampler,
+            "sample": self._sample,
+        }
+
+    def start(self, job: Job) -> Outcome | Writing | None:
+        """Do a job, or as much of it as this thread must do."""
+        handler = self._handlers.get(job.kind)
+        if handler is None:
+            raise Unsupported("type", job.kind, "one of " + ", ".join(self._handlers))
+        return handler(job, job.model_id or "")
+
+    def redo(self, job: Job, target: str, job_id: int) -> bool:
+        """Repeat the effect of a finished job on the model ``target``; True if the worker will report ``job_id``."""
+        if job.kind == "forward_backward":
+            request = self._decode(job, replaying=True)
+            self._worker.submit_forward_backward(job_id, replace(request, model_id=target))
+            return True
+        if job.kind == "load_weights":
+            self._check_unchanged(job)
+        self._handlers[job.kind](job, target)
+        return False
+
+    def finish(self, job: Job, result: types.ForwardBackwardResult | types.SampleResult) -> Outcome:
+        """The outcome of a job that the worker has done."""
+        if isinstance(result, types.ForwardBackwardResult):
+            encoded = codec.encode_forward_backward(result)
+            return Outcome(_id(job), encoded, codec.FORWARD_BACKWARD_OUTPUT)
+        request = codec.decode_sample(_payload(job))
+        rows: Sequence[SQLModel] = ()
+        if request.record_stability_info:
+            session_id = job.session_id or paths.session_of(job.sampler_id or "", "sampling_session_id")
+            rows = recordings.rows_of(_id(job), session_id, request, result)
+        num_tokens = sum(sequence.tokens.size for sequence in result.sequences)
+        return Outcome(_id(job), codec.encode_sample(result), codec.SAMPLE_RESPONSE, tokens_out=num_tokens, rows=rows)
+
+    def rows_of_failure(self, job: Job) -> list[SQLModel]:
+        """Rows to commit with a failed job: a model that could not be created is marked so."""
+        self._needs.pop(_id(job), None)
+        if job.kind not in ("create_model", "load_weights") or job.seq_id != 0:
+            return []
+        with reading(self._db) as session:
+            model = session.get(Model, job.model_id)
+        return [] if model is None else [_changed(model, state="failed")]
+
+    # ---- models -----------------------------------------------------------------------------------------------
+
+    def _create_model(self, job: Job, model_id: str) -> Outcome:
+        model = self._model(job)
+        check_optimizer_config(codec.parse_json(_payload(job)).get("optimizer_config"))
+        self._worker.create_model(model_id, lora_of(model))
+        self.applied[model_id] = job.seq_id
+        result = {"model_id": model.model_id, "type": "create_model"}
+        return Outcome(_id(job), codec.encode_json(result), rows=[_changed(model, state="ready")])
+
+    def _load_weights(self, job: Job, model_id: str) -> Outcome:
+        request = codec.parse_json(_payload(job))
+        model = self._model(job)
+        check_optimizer_config(request.get("optimizer_config"))
+        path = paths.parse_path(str(request.get("path")))
+        if path.kind != "weights":
+            raise InvalidInput("path", str(path), "a training checkpoint, tinker://<model_id>/weights/<name>")
+        checkpoint = self._checkpoint(path)
+        if checkpoint is None or _expired(checkpoint):
+            raise NotFound("path", str(path), "a checkpoint that exists")
+        state = self.read_state(path)
+        with_optimizer = bool(request.get("optimizer"))
+        if with_optimizer and not checkpoint.has_optimizer:
+            raise InvalidInput("optimizer", True, f"false: {path} holds no optimizer state")
+        if job.seq_id != 0 and lora_of(model, state.lora.seed) != state.lora:
+            raise InvalidInput("path", f"a checkpoint of {state.lora}", f"{lora_of(model)}, as the model was created")
+        self._worker.restore_model(model_id, state, with_optimizer)
+        self.applied[model_id] = job.seq_id
+        lora = state.lora
+        row = _changed(
+            model, state="ready", rank=lora.rank, seed=lora.seed, source_path=str(path),
+            train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed,
+        )  # fmt: skip
+        result: dict[str, Any] = {"path": str(path), "model_id": model.model_id, "type": "load_weights"}
+        result["saved_at"] = checkpoint.created_at  # not the protocol's: tells a replay whether it was overwritten
+        return Outcome(_id(job), codec.encode_json(result), rows=[row])
+
+    def _check_unchanged(self, job: Job) -> None:
+        """Refuse to replay a load from a path that has other weights by now."""
+        if job.result is None:
+            return
+        result = codec.parse_json(job.result)
+        checkpoint = self._checkpoint(paths.parse_path(result["path"]))
+        if checkpoint is None or checkpoint.created_at != result.get("saved_at"):
+            raise ModelLost(f"{job.model_id} was loaded from {result['path']}, which has been deleted or overwritten.")
+
+    def _unload_model(self, job: Job, model_id: str) -> Outcome:
+        self._worker.drop_model(model_id)
+        self.applied.pop(model_id, None)
+        return Outcome(_id(job), codec.encode_json({"model_id": model_id, "type": "unload_model"}))
+
+    def read_state(self, path: TinkerPath) -> types.ModelState:
+        """The verified state of a checkpoint of this base model."""
+        card, files = self._folders.read(path)
+        if card.base_model != self._base_model:
+            raise InvalidInput("path", f"a checkpoint of {card.base_model}", f"one of {self._base_model}")
+        return model_files.from_files(card, files, card.num_experts_per_tok)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def _forward_backward(self, job: Job, model_id: str) -> None:
+        self._worker.submit_forward_backward(_id(job), replace(self._decode(job), model_id=model_id))
+
+    def _decode(self, job: Job, *, replaying: bool = False) -> types.ForwardBackward:
+        request = codec.decode_forward_backward(_payload(job), job.payload_type, job.payload_encoding)
+        session_id = paths.session_of(job.model_id or "")
+        return recordings.resolve(self._db, request, session_id, replaying=replaying)
+
+    def _optim_step(self, job: Job, model_id: str) -> Outcome:
+        metrics = self._worker.optim_step(model_id, adam_params(codec.parse_json(_payload(job))))
+        self.applied[model_id] = job.seq_id
+        return Outcome(_id(job), codec.encode_json({"metrics": metrics, "type": "optim_step"}))
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def _save_weights(self, job: Job, model_id: str) -> Writing:
+        request = codec.parse_json(_payload(job))
+        path = self._new_path(job, request, "weights")
+        return self._write(job, request, path, self._worker.export_model(model_id))
+
+    def _save_weights_for_sampler(self, job: Job, model_id: str) -> Outcome | Writing:
+        request = codec.parse_json(_payload(job))
+        if request.get("path") is None and request.get("sampling_session_seq_id") is not None:
+            return self._take_ephemeral(job, model_id)
+        path = self._new_path(job, request, "sampler_weights")
+        return self._write(job, request, path, self._worker.export_model(model_id))
+
+    def _take_ephemeral(self, job: Job, model_id: str) -> Outcome:
+        """An unnamed save: a snapshot and the sampler that is bound to it, nothing on disk."""
+        with reading(self._db) as session:
+            sampler = session.get(Sampler, made_sampler(job))
+        if sampler is None:
+            raise NotFound("sampling_session_seq_id", made_sampler(job), "a number that makes a sampler")
+        snapshot_id = f"{model_id}@{job.request_id}"
+        self._worker.take_snapshot(model_id, snapshot_id)
+        self._hold(snapshot_id)
+        result = {"sampling_session_id": sampler.sampler_id, "path": None, "type": "save_weights_for_sampler"}
+        return Outcome(_id(job), codec.encode_json(result), rows=[_changed(sampler, snapshot_id=snapshot_id)])
+
+    def _new_path(self, job: Job, request: dict[str, Any], kind: paths.PathKind) -> TinkerPath:
+        """Where to save; refused if the name is taken and ``overwrite`` doesn't say so."""
+        name = request.get("path")
+        name = f"{job.request_id:06d}" if name is None else paths.check_name(str(name))
+        path = TinkerPath(job.model_id or "", kind, name)
+        check_ttl(request.get("ttl_seconds"))
+        taken = str(path) in self._being_written or self._checkpoint(path) is not None
+        if taken and not request.get("overwrite"):
+            raise InvalidInput("path", name, "a name that is not taken, or overwrite=true")
+        return path
+
+    def _write(self, job: Job, request: dict[str, Any], path: TinkerPath, state: types.ModelState) -> Writing:
+        created_at, ttl_s = now(), check_ttl(request.get("ttl_seconds"))
+        with_optimizer = path.kind == "weights"
+        if path.kind == "sampler_weights":  # hot for the sampler that will ask for it, and refused if not finite
+            self._worker.take_snapshot(path.model_id, _checkpoint_snapshot(path, created_at))
+            self._hold(_checkpoint_snapshot(path, created_at))
+        card = CheckpointCard(self._base_model, state.lora, state.step, created_at, _experts_per_tok(state))
+        applied = self.applied.get(path.model_id)
+        self._being_written.add(str(path))
+
+        def write() -> int:
+            files = model_files.to_files(state, self._base_model, with_optimizer=with_optimizer)
+            return self._folders.write(path, card, files)
+
+        def outcome(size_bytes: int) -> Outcome:
+            self._being_written.discard(str(path))
+            replaced = self._checkpoint(path)
+            row = Checkpoint(
+                id=None if replaced is None else replaced.id,
+                model_id=path.model_id,
+                kind=path.kind,
+                name=path.name,
+                folder=path.folder,
+                size_bytes=size_bytes,
+                created_at=created_at,
+                expires_at=None if ttl_s is None else created_at + ttl_s,
+                user_metadata=request.get("user_metadata") or {},
+                seq_id=applied,
+                has_optimizer=with_optimizer,
+            )
+            result = {"path": str(path), "type": job.kind}
+            return Outcome(_id(job), codec.encode_json(result), rows=[row])
+
+        return Writing(path, write, outcome)
+
+    def abandon(self, writing: Writing) -> None:
+        """Forget a write that failed."""
+        self._being_written.discard(str(writing.path))
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
+
+    def snapshot_need(self, job: Job) -> SnapshotNeed | None:
+        """The snapshot that a sample runs on; None is the base model. It stays the same while the job waits."""
+        if _id(job) not in self._needs:
+            self._needs[_id(job)] = self._find_need(job)
+        return self._needs[_id(job)]
+
+    def _find_need(self, job: Job) -> SnapshotNeed | None:
+        if job.sampler_id is None:
+            given = codec.parse_json(_payload(job)).get("model_path")
+            return None if given is None else self._path_need(str(given))
+        with reading(self._db) as session:
+            sampler = session.get(Sampler, job.sampler_id)
+        if sampler is None:
+            raise NotFound("sampling_session_id", job.sampler_id, "a sampling session of this server")
+        if sampler.model_path is not None:
+            return self._path_need(sampler.model_path)
+        if sampler.kind == "base":
+            return None
+        if sampler.snapshot_id is None:
+            raise NotFound("sampling_session_id", job.sampler_id, "one whose save_weights_for_sampler went well")
+        model_id, _, request_id = sampler.snapshot_id.rpartition("@")
+        return SnapshotNeed(sampler.snapshot_id, None, model_id, int(request_id))
+
+    def load_snapshot(self, need: SnapshotNeed) -> bool:
+        """Make a checkpoint's snapshot resident; False for an ephemeral one that is not: it takes a rebuild."""
+        if not self._worker.has_snapshot(need.snapshot_id):
+            if need.path is None:
+                return False
+            self._worker.load_snapshot(need.snapshot_id, self.read_state(need.path))
+        self._hold(need.snapshot_id)
+        return True
+
+    def keep_rebuilt(self, need: SnapshotNeed, rebuilt_model: str) -> None:
+        """Take the snapshot again, from a model that was rebuilt for it."""
+        self._worker.take_snapshot(rebuilt_model, need.snapshot_id)
+        self._worker.drop_model(rebuilt_model)
+        self.applied.pop(rebuilt_model, None)
+        self._hold(need.snapshot_id)
+
+    def _sample(self, job: Job, _model_id: str) -> None:
+        need = self._needs.pop(_id(job))
+        request = codec.decode_sample(_payload(job))
+        self._worker.submit_sample(_id(job), request, None if need is None else need.snapshot_id)
+
+    def _path_need(self, model_path: str) -> SnapshotNeed:
+        path = paths.parse_path(model_path, "model_path")
+        checkpoint = self._checkpoint(path)
+        if checkpoint is None or _expired(checkpoint):
+            raise NotFound("model_path", model_path, "a checkpoint that exists")
+        return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), path)
+
+    def _hold(self, snapshot_id: str) -> None:
+        """Note a use; the longest unused snapshot goes when there are too many."""
+        self._snapshots[snapshot_id] = None
+        self._snapshots.move_to_end(snapshot_id)
+        while len(self._snapshots) > MAX_SNAPSHOTS:
+            oldest, _ = self._snapshots.popitem(last=False)
+            self._worker.drop_snapshot(oldest)
+
+    # ---- rows -------------------------------------------------------------------------------------------------
+
+    def _model(self, job: Job) -> Model:
+        with reading(self._db) as session:
+            model = session.get(Model, job.model_id)
+        if model is None:
+            raise NotFound("model_id", job.model_id, "a model of this server")
+        return model
+
+    def _checkpoint(self, path: TinkerPath) -> Checkpoint | None:
+        query = select(Checkpoint).where(
+            Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
+        )
+        with reading(self._db) as session:
+            return session.exec(query).first()
+
+
+def lora_of(model: Model, seed: int | None = None) -> types.LoraConfig:
+    """The adapter that a model's row describes."""
+    return types.LoraConfig(
+        rank=model.rank,
+        seed=model.seed if seed is None else seed,
+        train_attn=model.train_attn,
+        train_mlp=model.train_mlp,
+        train_unembed=model.train_unembed,
+    )
+
+
+def made_sampler(job: Job) -> str | None:
+    """The sampler that an unnamed save makes; None for every other job."""
+    if job.kind != "save_weights_for_sampler":
+        return None
+    request = codec.parse_json(_payload(job))
+    number = request.get("sampling_session_seq_id")
+    if request.get("path") is not None or not isinstance(number, int):
+        return None
+    return paths.sampler_id(paths.session_of(job.model_id or ""), number)
+
+
+def _experts_per_tok(state: types.ModelState) -> int:
+    """A count that gives the state's expert rank back from its rank, 0 for a dense model.
+
+    Example: rank 8 and experts of rank 2 give 4, as ``8 // 4`` is 2.
+    """
+    expert_ranks = [array.shape[-1] for name, array in state.weights.items() if ".experts." in name and name[-1] == "A"]
+    return state.lora.rank // expert_ranks[0] if expert_ranks else 0
+
+
+def _checkpoint_snapshot(path: TinkerPath, created_at: float) -> str:
+    """A checkpoint that is overwritten is another snapshot, so its time is part of the name."""
+    return f"{path}?{created_at!r}"
+
+
+def _expired(checkpoint: Checkpoint) -> bool:
+    return checkpoint.expires_at is not None and checkpoint.expires_at < now()
+
+
+def _changed(row: Any, **values: Any) -> Any:
+    for name, value in values.items():
+        setattr(row, name, value)
+    return row
+
+
+def _id(job: Job) -> int:
+    assert job.request_id is not None  # it was read from the table
+    return job.request_id
+
+
+def _payload(job: Job) -> bytes:
+    assert job.payload is not None  # only finished jobs are pruned
+    return job.payload
