@@ -61,7 +61,7 @@ def _check_inputs(field: str, datum: Datum, spec: LossSpec, vocab_size: int) -> 
             raise InvalidInput(f"{field}.{name}", "a tensor", f"for {spec.name}: {', '.join(sorted(known))}")
     for name in ("target_tokens", *spec.required):
         if name not in datum.inputs:
-            raise InvalidInput(f"{field}.{name}", "nothing", f"a tensor, which {spec.name} needs")
+            raise InvalidInput(f"{field}.{name}", "no tensor", f"one, which {spec.name} needs")
     targets, length = datum.inputs["target_tokens"], datum.tokens.size
     accepted = f"({length},) or ({length}, K)" if spec.multi_target else f"({length},)"
     if targets.shape[:1] != (length,) or targets.ndim > 1 + spec.multi_target or not targets.size:
@@ -109,7 +109,7 @@ def lay_out(data: Sequence[Datum], shape: Shape, loss_fn: str, config: dict[str,
         # stable_reinforce with logprobs but no mask: all of them are to be taken as recorded.
         known = inputs.get("sequence_ratio_mask", inputs.get(RECORDED_MASK, float("logprobs" in inputs)))
         mask[row, :length] = known
-    scalars = (np.float32(config.get(name, 0.0)) for name in ("beta", "kl_coeff", "ratio_cap"))
-    loss_id = np.int32(LOSS_IDS[loss_fn])
+    scalars = (np.asarray(config.get(name, 0.0), np.float32) for name in ("beta", "kl_coeff", "ratio_cap"))
+    loss_id = np.asarray(LOSS_IDS[loss_fn], np.int32)
     loss = LossBatch(loss_id, valid, weights, recorded, advantages, mask, *clips.values(), *scalars)
     return HostBatch(tokens, targets, loss)
