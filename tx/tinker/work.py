@@ -1,6 +1,6 @@
 """What the engine does for each kind of job: one handler per kind, from a stored payload to an outcome.
 
-A handler finishes at once (``Outcome``), or leaves files to be written meanwhile (``Writing``), or hands its rows to the
+A handler finishes at once (``Outcome``), or leaves files to be written (``Writing``), or hands its rows to the
 worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone.
 When a job may start is the scheduler's to say; how a lost model comes back is in ``tx.tinker.rebuild``.
 """
