@@ -134,7 +134,8 @@ class Sessions:
         with reading(self._db) as db:
             checkpoint = db.exec(query).first()
             model = db.get(Model, path.model_id)
-        if checkpoint is None or model is None or (checkpoint.expires_at or now()) < now():
+        expired = checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at < now()
+        if checkpoint is None or model is None or expired:
             raise NotFound(field, str(path), "the path of a checkpoint on this server")
         return checkpoint, model
 

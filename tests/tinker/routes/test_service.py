@@ -1,0 +1,71 @@
+"""Health, configuration, capabilities, telemetry, metrics over HTTP."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+
+class Process:
+    """Stands for the supervisor."""
+
+    pid: int | None = 1
+    restarts = 0
+    failure: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("beat", "process", "status"),
+    [
+        ({"state": "ready"}, {}, "ok"),
+        ({"state": "starting"}, {}, "starting"),
+        ({"state": "recovering"}, {}, "recovering"),
+        ({"state": "failed"}, {}, "failed"),
+        ({"state": "stopped"}, {}, "failed"),
+        ({"state": "ready", "age_s": 60.0}, {}, "failed"),
+        ({"state": "ready"}, {"pid": 2}, "starting"),
+        ({"state": "ready"}, {"pid": None, "restarts": 1}, "recovering"),
+        ({"state": "ready"}, {"failure": "no weights"}, "failed"),
+    ],
+)
+def test_health_tells_the_truth_about_the_engine(client, engine, beat, process, status):
+    client.service.engine_process = Process()
+    vars(client.service.engine_process).update(process)
+    engine.beat(**beat)
+    reply = client.get("healthz")
+    assert reply.json()["status"] == status
+    assert reply.status_code == (200 if status == "ok" else 503)
+
+
+def test_capabilities_list_every_name(client, engine):
+    models = client.get("get_server_capabilities").json()["supported_models"]
+    assert [model["model_name"] for model in models] == ["org/base", "org/alias"]
+    assert models[0] == {
+        "model_name": "org/base",
+        "max_context_length": 512,
+        "trainable": True,
+        "sampleable": True,
+    }
+
+
+def test_client_config_is_answered(client):
+    assert client.ask("client/config", sdk_version="0.38.0")["sample_max_concurrent_requests"] > 0
+    assert client.ask("client/dynamic_config", sdk_version="0.38.0")["refresh_interval_sec"] > 10
+
+
+def test_telemetry_is_accepted_and_logged_within_bounds(client, caplog):
+    event = {"event": "UNHANDLED_EXCEPTION", "error_type": "ValueError", "error_message": "x" * 9000, "traceback": "t"}
+    with caplog.at_level(logging.WARNING):
+        reply = client.ask("telemetry", events=[event, {"event": "SESSION_START"}], session_id="s", platform="Linux")
+    assert reply == {"status": "accepted"}
+    (record,) = [record for record in caplog.records if "ValueError" in record.getMessage()]
+    assert len(record.getMessage()) < 700
+
+
+def test_metrics_count_requests_by_route(client, engine):
+    client.get("samplers/a")
+    client.get("samplers/b")
+    text = client.get("metrics").text
+    assert 'tx_http_requests_total{route="/samplers/{sampler_id}",status="404"} 2' in text
+    assert "tx_engine_ready 1" in text

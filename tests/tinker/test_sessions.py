@@ -1,0 +1,126 @@
+"""Sessions and samplers: created once, whoever asks how often; on both databases."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tx.errors import InvalidInput, NotFound
+from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, open_database, writing
+from tx.tinker.sessions import Sessions
+from tx.tinker.wire.paths import parse_path
+
+
+@pytest.fixture
+def db(database_url):
+    database = open_database(database_url)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def sessions(db):
+    return Sessions(db)
+
+
+def row(key: str | None = None) -> Session:
+    return Session(session_id="", created_at=now(), heartbeat_at=0.0, idempotency_key=key)
+
+
+def sampler(session: str, base: str = "m") -> Sampler:
+    return Sampler(
+        sampler_id=f"{session}:sample:0",
+        session_id=session,
+        seq=0,
+        base_model=base,
+        served_name=base,
+        kind="base",
+        created_at=now(),
+    )
+
+
+def test_c11_concurrent_retries_of_a_creation_make_one_session(db):
+    barrier, made = threading.Barrier(5), []
+
+    def create() -> None:
+        barrier.wait()
+        made.append(Sessions(db).create(row("key")))
+
+    threads = [threading.Thread(target=create) for _ in range(5)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(made) == 5
+    assert len(set(made)) == 1
+
+
+def test_without_a_key_every_creation_is_new(sessions):
+    assert sessions.create(row()) != sessions.create(row())
+
+
+def test_heartbeat_and_finish(sessions):
+    session = sessions.create(row())
+    assert sessions.heartbeat(session).heartbeat_at > 0
+    sessions.finish(session, "errored", "why")
+    sessions.finish(session, "success", None)
+    ended = sessions.get(session)
+    assert (ended.finish_reason, ended.finish_detail) == ("errored", "why")
+    with pytest.raises(InvalidInput, match="session_id"):
+        sessions.get_open(session)
+
+
+def test_a_sampler_is_created_once(sessions):
+    session = sessions.create(row())
+    assert sessions.create_sampler(sampler(session)).created_at == sessions.create_sampler(sampler(session)).created_at
+    with pytest.raises(InvalidInput, match="sampling_session_seq_id"):
+        sessions.create_sampler(sampler(session, base="other"))
+    assert sessions.sampler_for_work(f"{session}:sample:0").base_model == "m"
+    sessions.finish(session, "success", None)
+    with pytest.raises(InvalidInput, match="session_id"):
+        sessions.sampler_for_work(f"{session}:sample:0")
+
+
+def test_nothing_is_found_for_unknown_ids(sessions):
+    for find in (sessions.get, sessions.model, sessions.model_for_work, sessions.sampler, sessions.sampler_for_work):
+        with pytest.raises(NotFound):
+            find("nobody")
+    for act in (sessions.heartbeat, lambda name: sessions.finish(name, "success", None)):
+        with pytest.raises(NotFound):
+            act("nobody")
+    with pytest.raises(NotFound):
+        sessions.create_sampler(sampler("nobody"))
+
+
+def test_a_checkpoint_is_found_until_it_expires(db, sessions):
+    path = parse_path("tinker://s:train:0/weights/a")
+    with writing(db) as session:
+        session.add(
+            Model(
+                model_id="s:train:0",
+                session_id="s",
+                model_seq_id=0,
+                base_model="m",
+                served_name="m",
+                rank=1,
+                seed=0,
+                created_at=0.0,
+                last_request_at=0.0,
+            )
+        )
+        session.add(
+            Checkpoint(model_id="s:train:0", kind="weights", name="a", folder="f", size_bytes=1, created_at=0.0)
+        )
+    checkpoint, model = sessions.checkpoint(path)
+    assert (checkpoint.folder, model.rank) == ("f", 1)
+    with writing(db) as session:
+        session.get(Checkpoint, checkpoint.id).expires_at = now() - 1
+    with pytest.raises(NotFound, match="path"):
+        sessions.checkpoint(path)
+
+
+def test_listing(sessions):
+    made = [sessions.create(row()) for _ in range(3)]
+    assert sorted(sessions.recent(10, 0)) == sorted(made)
+    assert len(sessions.recent(2, 2)) == 1
+    sessions.create_sampler(sampler(made[0]))
+    assert sessions.contents(made[0]) == ([], [f"{made[0]}:sample:0"])

@@ -1,0 +1,40 @@
+"""Which SDK speaks, and what it can read, from the headers that real versions send."""
+
+from __future__ import annotations
+
+import pytest
+
+from tx.tinker.wire import compat
+
+
+@pytest.mark.parametrize(
+    ("headers", "version"),
+    [
+        ({"x-stainless-package-version": "0.38.0", "user-agent": "AsyncTinker/Python 0.38.0"}, (0, 38, 0)),
+        ({"user-agent": "AsyncTinker/Python 0.3.0"}, (0, 3, 0)),
+        ({"x-stainless-package-version": "1.2"}, (1, 2, 0)),
+        ({"user-agent": "curl/8.0"}, None),
+        ({}, None),
+    ],
+)
+def test_client_version(headers, version):
+    assert compat.client_version(headers) == version
+
+
+@pytest.mark.parametrize(
+    ("accept", "protobuf"),
+    [
+        ("application/x-protobuf", True),
+        ("application/x-protobuf, application/json", True),
+        ("application/json", False),
+        ("*/*", False),
+        (None, False),
+    ],
+)
+def test_accepts_protobuf(accept, protobuf):
+    assert compat.accepts_protobuf({"accept": accept} if accept else {}) is protobuf
+
+
+def test_media_type():
+    assert compat.media_type("Application/JSON; charset=utf-8") == "application/json"
+    assert compat.media_type(None) == "application/json"
