@@ -1,4 +1,4 @@
-"""The tiny models of the golden files: numpy only, so that the scripts that write them and the tests make the same ones.
+"""The tiny models of the golden files: numpy only, so that the script and the tests make the same ones.
 
 ``write_model(folder, name)`` writes a Hugging Face folder; ``adapter(name)`` is a seeded adapter for its sites.
 """

@@ -53,9 +53,9 @@ def view(adapter: Adapter) -> AdapterView:
     return single_view(adapter, specs.SCALING, specs.EXPERT_SCALING, specs.RANK, specs.EXPERT_RANK)
 
 
-def positions(tokens: np.ndarray) -> np.ndarray:
+def positions(tokens: np.ndarray | jax.Array) -> jax.Array:
     """0, 1, 2, … in every row."""
-    return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
 
 @partial(jax.jit, static_argnums=(0,), static_argnames=("remat",))

@@ -7,7 +7,9 @@ XLA with softmax in float32. Rows are independent and causal, so padding on the 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from tx.layers.lora import LoraLinear, LoraWeights
 from tx.layers.norm import RMSNorm
 from tx.layers.rotary import rotate
 from tx.layers.sharding import constrain
+
+log = logging.getLogger(__name__)
 
 QUERY_BLOCK = 512
 """Longer rows attend in blocks of this many queries, so that scores take O(seq * block), also in the backward pass."""
@@ -113,8 +117,9 @@ class Attention(nnx.Module):
 
 def causal_attention(q: Queries, k: Keys, v: Keys, *, on_gpu: bool = False) -> Queries:
     """Position i of a row attends to positions 0 … i of that row."""
-    if on_gpu and _cudnn_can(q):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    fused = _cudnn(q, k, v, is_causal=True) if on_gpu else None
+    if fused is not None:
+        return fused
     seq = q.shape[1]
 
     def block(start: int, stop: int) -> Queries:
@@ -134,18 +139,25 @@ def cached_attention(
     """A query at position p attends to cache positions 0 … p of its row."""
     length = k.shape[1]
     mask = jnp.arange(length)[None, None, :] <= positions[:, :, None]
-    if on_gpu and _cudnn_can(q):
-        if q.shape[1] == 1:
-            lengths = jnp.minimum(positions[:, 0] + 1, length).astype(jnp.int32)
-            return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    if q.shape[1] == 1:
-        return _attend_one(q, k, v, mask)
-    return _attend(q, k, v, mask)
+    decoding = q.shape[1] == 1
+    if on_gpu:
+        lengths = jnp.minimum(positions[:, 0] + 1, length).astype(jnp.int32)
+        which: dict[str, Array] = {"key_value_seq_lengths": lengths} if decoding else {"mask": mask[:, None]}
+        fused = _cudnn(q, k, v, **which)
+        if fused is not None:
+            return fused
+    return _attend_one(q, k, v, mask) if decoding else _attend(q, k, v, mask)
 
 
-def _cudnn_can(q: Queries) -> bool:
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+def _cudnn(q: Queries, k: Keys, v: Keys, **which: Any) -> Queries | None:
+    """The fused kernel, or None where cuDNN has none for these types and shapes (it says so while tracing)."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return None
+    try:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **which)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        log.warning("cuDNN attention refused %s against %s, using XLA: %s", q.shape, k.shape, error)
+        return None
 
 
 def _attend(q: Queries, k: Keys, v: Keys, mask: Array) -> Queries:

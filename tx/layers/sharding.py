@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tx.errors import StartupError
 
@@ -36,7 +36,7 @@ MAY_REPLICATE = frozenset({"row", "kv_heads", "vocab"})
 """Names whose dimension is replicated when it doesn't divide: few rows, few KV heads, an odd vocabulary."""
 
 
-def spec(axes: Axes, shape: Sequence[int], mesh: Mesh, *, strict: bool = True) -> PartitionSpec:
+def spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh, *, strict: bool = True) -> PartitionSpec:
     """Where each dimension of an array goes; two dimensions that want one mesh axis are an error.
 
     A dimension that doesn't divide is replicated if its name is in MAY_REPLICATE (or if not ``strict``), else refused.

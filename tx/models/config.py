@@ -22,7 +22,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Bookkeeping, initialisation, generation defaults and training-only settings: no effect on logits.
-_HARMLESS = _words("""architectures model_type torch_dtype dtype transformers_version initializer_range use_cache bos_token_id
+_HARMLESS = _words("""
+    architectures model_type torch_dtype dtype transformers_version initializer_range use_cache bos_token_id
     pad_token_id unk_token_id sep_token_id decoder_start_token_id output_router_logits router_aux_loss_coef
     output_hidden_states output_attentions return_dict return_dict_in_generate chunk_size_feed_forward id2label label2id
     problem_type name_or_path auto_map max_window_layers is_encoder_decoder task_specific_params
@@ -30,10 +31,12 @@ _HARMLESS = _words("""architectures model_type torch_dtype dtype transformers_ve
     gradient_checkpointing max_length min_length temperature top_k top_p do_sample num_beams repetition_penalty
     length_penalty no_repeat_ngram_size num_return_sequences early_stopping unsloth_version unsloth_fixed
     attn_implementation""")
-_READ = _words("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+_READ = _words("""
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     rms_norm_eps tie_word_embeddings max_position_embeddings attention_bias mlp_bias rope_theta rope_scaling
     rope_parameters eos_token_id""")
-_READ_MOE = _words("""num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+_READ_MOE = _words("""
+    num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
     mlp_only_layers""")
 # Fields with one value that we implement.
 _FIXED: dict[str, tuple[Any, ...]] = {

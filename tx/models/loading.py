@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from safetensors import SafetensorError, safe_open
 
 from tx.errors import StartupError
@@ -109,7 +109,7 @@ def load_model(
     )
 
 
-def _check_mesh(config: ModelConfig, mesh: Mesh, shard_attention_heads: bool) -> None:
+def _check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh, shard_attention_heads: bool) -> None:
     """Refuse a mesh that doesn't divide the model, with the numbers and the flag."""
     tp, ep, fsdp = mesh.shape["tp"], mesh.shape["ep"], mesh.shape["fsdp"]
     if shard_attention_heads and config.num_heads % tp:
@@ -191,7 +191,7 @@ class _Checkpoint:
                 raise StartupError(f"{self._folder} ties its head to the embedding, but its lm_head.weight differs")
             unexpected = []
         missing = sorted(expected - set(self._files))
-        for what, names in (("is missing", missing), ("has unexpected", unexpected)):
+        for what, names in (("lacks", missing), ("has unexpected", unexpected)):
             if names:
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise StartupError(f"the checkpoint in {self._folder} {what} {len(names)} tensor(s): {shown}")
@@ -219,13 +219,16 @@ class _Checkpoint:
         return self._files[name].get_slice(name)[index]
 
     def _same(self, first: str, second: str) -> bool:
-        rows = self._files[first].get_slice(first).get_shape()[0]
+        shape, other = (self._files[name].get_slice(name).get_shape() for name in (first, second))
+        if list(shape) != list(other):
+            return False
+        rows = shape[0]
         return all(np.array_equal(self.read(first, part), self.read(second, part)) for part in _row_slices(rows))
 
 
 def _row_slices(rows: int, step: int = 4096) -> Iterator[tuple[slice, ...]]:
     for start in range(0, rows, step):
-        yield (slice(start, start + step),)
+        yield (slice(start, min(start + step, rows)),)
 
 
 def _weight_files(folder: Path) -> list[str]:
