@@ -2,7 +2,7 @@ import tinker
 from tinker import types
 
 service = tinker.ServiceClient(base_url="http://localhost:8000", api_key="tml-local")
-training = service.create_lora_training_client(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", rank=8)
+training = service.create_lora_training_client(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", rank=8).result()
 tokenizer = training.get_tokenizer()
 prompt = tokenizer.encode("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n")
 answer = tokenizer.encode("I am tx. I train and sample on your own machine.<|im_end|>")
@@ -15,7 +15,7 @@ for step in range(8):
     loss = training.forward_backward([datum], "cross_entropy")
     training.optim_step(types.AdamParams(learning_rate=5e-3)).result()
     print(f"step {step}: loss per token {loss.result().metrics['loss:sum'] / len(answer):.3f}")
-sampler = training.save_weights_and_get_sampling_client()
+sampler = training.save_weights_and_get_sampling_client().result()
 greedy = types.SamplingParams(max_tokens=32, temperature=0.0)
 reply = sampler.sample(types.ModelInput.from_ints(prompt), num_samples=1, sampling_params=greedy).result()
 print(tokenizer.decode(reply.sequences[0].tokens))

@@ -72,7 +72,7 @@ def train_step(
 ) -> Step:
     """Sample, score, learn."""
     started = time.monotonic()
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     prompts = [question(tokenizer, topic) for topic in topics]
     params = types.SamplingParams(max_tokens=flags.max_tokens, temperature=1.0)
     futures = [sampler.sample(types.ModelInput.from_ints(prompt), flags.group, params) for prompt in prompts]
@@ -141,7 +141,7 @@ def main() -> None:
     flags = parser.parse_args()
 
     service = tinker.ServiceClient(base_url=flags.base_url, api_key="tml-local")
-    training = service.create_lora_training_client(base_model=flags.model, rank=flags.rank, seed=flags.seed)
+    training = service.create_lora_training_client(base_model=flags.model, rank=flags.rank, seed=flags.seed).result()
     tokenizer = training.get_tokenizer()
     topics, shuffle = [topic.strip() for topic in TOPICS.split(",")], random.Random(flags.seed)
     steps: list[Step] = []
@@ -161,7 +161,7 @@ def main() -> None:
     print(
         f"mean reward of the first {window} steps {first:.3f}, of the last {window} {last:.3f}; curve in {flags.plot}"
     )
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     prompt = question(tokenizer, "the sea")
     params = types.SamplingParams(max_tokens=flags.max_tokens, temperature=0.0)
     reply = sampler.sample(types.ModelInput.from_ints(prompt), 1, params).result().sequences[0]

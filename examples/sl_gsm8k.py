@@ -71,7 +71,7 @@ def main() -> None:
     flags = parser.parse_args()
 
     service = tinker.ServiceClient(base_url=flags.base_url, api_key="tml-local")
-    training = service.create_lora_training_client(base_model=flags.model, rank=flags.rank, seed=flags.seed)
+    training = service.create_lora_training_client(base_model=flags.model, rank=flags.rank, seed=flags.seed).result()
     tokenizer = training.get_tokenizer()
     train, test = read(flags.train), read(flags.test)
     random.Random(flags.seed).shuffle(train)
@@ -92,7 +92,7 @@ def main() -> None:
     print(f"held-out loss per token after:  {evaluate():.4f}")
 
     print("saved:", training.save_state("gsm8k", overwrite=True).result().path)
-    sampler = training.save_weights_and_get_sampling_client()
+    sampler = training.save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints(tokenizer.encode(prompt_of(test[0])))
     params = types.SamplingParams(max_tokens=160, temperature=0.0)
     reply = sampler.sample(prompt, 1, params).result().sequences[0]

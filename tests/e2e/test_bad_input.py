@@ -30,7 +30,7 @@ RL = {"target_tokens": IDS, "logprobs": -ONES, "advantages": ONES}
 # ---- how to send one wrong thing ------------------------------------------------------------------------------------
 
 
-def call(path: str, **body: object) -> Send:
+def call(endpoint: str, /, **body: object) -> Send:
     """POST JSON; "$session", "$model", "$other" become ids, "$seq" the model's next seq_id."""
 
     def send(tenant: Tenant) -> httpx.Response:
@@ -38,14 +38,14 @@ def call(path: str, **body: object) -> Send:
         filled = {key: known.get(value, value) if isinstance(value, str) else value for key, value in body.items()}
         if filled.get("seq_id") == "$seq":
             filled["seq_id"] = tenant.next_seq()
-        return tenant.post(path, **filled)
+        return tenant.post(endpoint, **filled)
 
     return send
 
 
-def text(path: str, body: str) -> Send:
+def text(endpoint: str, body: str) -> Send:
     return lambda tenant: tenant.http.post(
-        f"/{path}",
+        f"/{endpoint}",
         content=body.replace("$session", tenant.session_id).replace("$model", tenant.model_id),
         headers={"content-type": "application/json"},
     )
@@ -318,13 +318,12 @@ CASES: list[tuple[str, str, Send]] = [
     ("seed as words", "seed", sample(params={"seed": "lucky"})),
     ("seed past int64", "seed", sample(params={"seed": 2**70})),
     ("stops of two kinds", "stop", sample(params={"stop": ["a", 1]})),
-    ("stop token beyond the vocabulary", "stop", sample(params={"stop": [70000]})),
     ("negative top-k of prompt logprobs", "topk_prompt_logprobs", sample(topk_prompt_logprobs=-1)),
     # futures and reading
     ("unknown future", "request_id", call("retrieve_future", request_id="123456789")),
     ("future that is no number", "request_id", call("retrieve_future", request_id="../../1")),
     ("future of a wrong type", "request_id", call("retrieve_future", request_id={"a": 1})),
-    ("unknown sampler", "sampler", get("samplers/nobody:sample:0")),
+    ("unknown sampler", "sampling_session_id|sampler_id", get("samplers/nobody:sample:0")),
     ("unknown run", "training_run|model_id|run", get("training_runs/nobody:train:0")),
     ("negative page", "limit|offset", get("training_runs?limit=-1")),
     ("unknown route", "not found", get("no_such_route")),

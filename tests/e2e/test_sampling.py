@@ -6,21 +6,16 @@ import tinker
 from tinker import types
 from transformers import AutoTokenizer
 
-from tests.support.server import BASE_MODEL, Server
+from tests.support.server import BASE_MODEL
 from tests.support.tiny_models import EOS, TOKENIZER
 
 PROMPT = [11, 12, 13, 14, 15]
 
 
 @pytest.fixture(scope="module")
-def service(server: Server) -> tinker.ServiceClient:
-    return tinker.ServiceClient(base_url=server.url)
-
-
-@pytest.fixture(scope="module")
 def training(service: tinker.ServiceClient) -> tinker.TrainingClient:
     """A model that a few steps have moved away from the base."""
-    client = service.create_lora_training_client(BASE_MODEL, rank=7, seed=4)
+    client = service.create_lora_training_client(BASE_MODEL, rank=7, seed=4).result()
     ids = np.random.default_rng(0).integers(3, 2000, 31).tolist()
     inputs = {"target_tokens": ids[1:], "weights": [1.0] * 30}
     datum = types.Datum(model_input=types.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs)
@@ -32,7 +27,7 @@ def training(service: tinker.ServiceClient) -> tinker.TrainingClient:
 
 @pytest.fixture(scope="module")
 def sampler(training: tinker.TrainingClient) -> tinker.SamplingClient:
-    return training.save_weights_and_get_sampling_client()
+    return training.save_weights_and_get_sampling_client().result()
 
 
 def draw(sampler: tinker.SamplingClient, tokens: list[int] = PROMPT, num_samples: int = 1, **params: object):
@@ -119,14 +114,14 @@ def test_a_stop_string_keeps_the_tokens_through_it(sampler):
 
 def test_end_of_sequence_ends_a_row_unless_stop_is_empty(service):
     """A model taught to say end-of-sequence: it stops there by default, and goes on with ``stop=[]``."""
-    client = service.create_lora_training_client(BASE_MODEL, rank=16, seed=4)
+    client = service.create_lora_training_client(BASE_MODEL, rank=16, seed=4).result()
     targets = [PROMPT[1], PROMPT[2], PROMPT[3], PROMPT[4], EOS[0]]
     inputs = {"target_tokens": targets, "weights": [0.0, 0.0, 0.0, 0.0, 1.0]}
     datum = types.Datum(model_input=types.ModelInput.from_ints(PROMPT), loss_fn_inputs=inputs)
     for _ in range(12):
         client.forward_backward([datum], "cross_entropy").result()
         client.optim_step(types.AdamParams(learning_rate=2e-2)).result()
-    taught = client.save_weights_and_get_sampling_client()
+    taught = client.save_weights_and_get_sampling_client().result()
     (ended,) = draw(taught, temperature=0.0)
     assert list(ended.tokens) == [EOS[0]]
     assert ended.stop_reason == "stop"
@@ -137,7 +132,7 @@ def test_end_of_sequence_ends_a_row_unless_stop_is_empty(service):
 
 
 def test_without_max_tokens_a_row_runs_to_the_end_of_the_context(service):
-    base = service.create_sampling_client(base_model=BASE_MODEL)
+    base = service.create_sampling_client(base_model=BASE_MODEL).result()
     (sequence,) = draw(base, list(range(3, 503)), max_tokens=None, stop=[])
     assert len(sequence.tokens) + 500 in (511, 512)
     assert sequence.stop_reason == "length"
@@ -145,7 +140,7 @@ def test_without_max_tokens_a_row_runs_to_the_end_of_the_context(service):
 
 def test_a_seed_gives_the_same_tokens_alone_and_among_eight_others(sampler, service):
     (alone,) = draw(sampler, seed=123)
-    base = service.create_sampling_client(base_model=BASE_MODEL)
+    base = service.create_sampling_client(base_model=BASE_MODEL).result()
     others = [
         (base if i % 2 else sampler).sample(
             types.ModelInput.from_ints(list(range(20 + i, 40 + 3 * i))),

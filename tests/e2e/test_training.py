@@ -6,16 +6,11 @@ import tinker
 from tinker import types
 
 from tests.e2e.test_two_tenants import example
-from tests.support.server import BASE_MODEL, Server
-
-
-@pytest.fixture(scope="module")
-def service(server: Server) -> tinker.ServiceClient:
-    return tinker.ServiceClient(base_url=server.url)
+from tests.support.server import BASE_MODEL
 
 
 def client(service: tinker.ServiceClient, seed: int = 0, rank: int = 4, **layers: bool) -> tinker.TrainingClient:
-    return service.create_lora_training_client(BASE_MODEL, rank=rank, seed=seed, **layers)
+    return service.create_lora_training_client(BASE_MODEL, rank=rank, seed=seed, **layers).result()
 
 
 def weighted(datum: types.Datum, factor: float) -> types.Datum:
@@ -125,7 +120,7 @@ def test_weights_may_be_negative(service):
 def test_a_policy_step_raises_what_was_rewarded(service, loss):
     """On-policy, one step: log-probabilities of a rewarded reply go up, those of a punished one go down."""
     training = client(service, rank=8)
-    sampler = training.save_weights_and_get_sampling_client(record_stability_info=loss == "stable_reinforce")
+    sampler = training.save_weights_and_get_sampling_client(record_stability_info=loss == "stable_reinforce").result()
     prompt = [21, 22, 23, 24]
     params = types.SamplingParams(max_tokens=8, seed=3, stop=[])
     good, bad = sampler.sample(types.ModelInput.from_ints(prompt), 2, params).result().sequences
@@ -187,9 +182,9 @@ def test_the_sdk_shows_which_field_was_wrong(service, call, named):
 
 def test_a_rank_above_the_maximum_is_refused_by_name(service):
     with pytest.raises(tinker.TinkerError, match=r"rank.*16"):
-        client(service, rank=64).get_info()
+        client(service, rank=64)
 
 
 def test_an_unknown_base_model_is_refused_by_name(service):
     with pytest.raises(tinker.TinkerError, match="base_model"):
-        service.create_lora_training_client("meta/none", rank=4).get_info()
+        service.create_lora_training_client("meta/none", rank=4).result()

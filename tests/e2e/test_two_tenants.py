@@ -35,26 +35,32 @@ def example(seed: int, length: int) -> types.Datum:
 def client_run(url: str, rank: int, seed: int, run: Run, gate: threading.Barrier | None = None) -> None:
     """Train a few steps on ragged data and sample after each, greedily and with a seed."""
     try:
-        service = tinker.ServiceClient(base_url=url)
-        training = service.create_lora_training_client(BASE_MODEL, rank=rank, seed=seed)
-        data = [example(100 * seed + i, length) for i, length in enumerate((5, 17, 40))]
-        prompt = types.ModelInput.from_ints([7, 8, 9 + seed])
-        for step in range(STEPS):
-            if gate is not None:
-                gate.wait(timeout=120)
-            result = training.forward_backward(data, "cross_entropy")
-            training.optim_step(types.AdamParams(learning_rate=5e-3)).result()
-            run.losses.append(result.result().metrics["loss:sum"])
-            run.logprobs += [np.asarray(out["logprobs"].data) for out in result.result().loss_fn_outputs]
-            sampler = training.save_weights_and_get_sampling_client()
-            for temperature in (0.0, 1.0):
-                params = types.SamplingParams(max_tokens=10, temperature=temperature, seed=step)
-                reply = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
-                run.tokens += [list(sequence.tokens) for sequence in reply.sequences]
+        with tinker.ServiceClient(base_url=url) as service:
+            train_and_sample(service, rank, seed, run, gate)
     except BaseException as error:
         run.error = error
         if gate is not None:
             gate.abort()
+
+
+def train_and_sample(
+    service: tinker.ServiceClient, rank: int, seed: int, run: Run, gate: threading.Barrier | None
+) -> None:
+    training = service.create_lora_training_client(BASE_MODEL, rank=rank, seed=seed).result()
+    data = [example(100 * seed + i, length) for i, length in enumerate((5, 17, 40))]
+    prompt = types.ModelInput.from_ints([7, 8, 9 + seed])
+    for step in range(STEPS):
+        if gate is not None:
+            gate.wait(timeout=120)
+        result = training.forward_backward(data, "cross_entropy")
+        training.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+        run.losses.append(result.result().metrics["loss:sum"])
+        run.logprobs += [np.asarray(out["logprobs"].data) for out in result.result().loss_fn_outputs]
+        sampler = training.save_weights_and_get_sampling_client().result()
+        for temperature in (0.0, 1.0):
+            params = types.SamplingParams(max_tokens=10, temperature=temperature, seed=step)
+            reply = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
+            run.tokens += [list(sequence.tokens) for sequence in reply.sequences]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,10 @@ def environment() -> dict[str, str]:
     return kept | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
+COMPILE_CACHE = Path(__file__).parents[2] / ".pytest_cache" / "xla"
+"""Compiled programs are most of a server's first minute; the tests' servers, and the next run, share them."""
+
+
 class Server:
     """Start with ``with``; ``kill``, ``interrupt`` and ``start`` again as often as a test likes."""
 
@@ -41,6 +45,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
+        COMPILE_CACHE.mkdir(parents=True, exist_ok=True)
+        (folder / "xla-cache").symlink_to(COMPILE_CACHE)
         self.process: subprocess.Popen[bytes] | None = None
         self._command = [sys.executable, "-m", "tx.tinker.api", "--base-model", str(model)]
         self._command += ["--served-model-name", BASE_MODEL, "--port", str(self.port), "--data-dir", str(folder)]

@@ -69,12 +69,12 @@ class Tenant:
         )
         self.model_id = self.json(created["request_id"])["model_id"]
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(f"/{path}", json=body)
+    def post(self, endpoint: str, /, **body: Any) -> httpx.Response:
+        return self.http.post(f"/{endpoint}", json=body)
 
-    def ok(self, path: str, **body: Any) -> dict[str, Any]:
-        response = self.post(path, **body)
-        assert response.status_code == 200, f"{path}: {response.status_code} {response.text}"
+    def ok(self, endpoint: str, /, **body: Any) -> dict[str, Any]:
+        response = self.post(endpoint, **body)
+        assert response.status_code == 200, f"{endpoint}: {response.status_code} {response.text}"
         return response.json()
 
     def next_seq(self) -> int:
