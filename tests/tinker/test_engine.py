@@ -456,7 +456,7 @@ def test_what_cannot_be_rebuilt_fails_and_others_go_on(tmp_path, sqlite_url, tin
 
 def test_stopping_puts_unfinished_jobs_back(bench):
     client = Client(bench)
-    rounds = iter([False] * 3)
+    rounds = iter([False])  # one round of the loop: what the step waits for is done, the step is not
     ids = [client.create(), *(client.train(seed=i) for i in range(12)), client.step()]
     bench.engine.run(lambda: next(rounds, True))
     left = [request_id for request_id in ids if not bench.jobs.finished_ids([request_id])]

@@ -71,30 +71,27 @@ def start(config: TxConfig) -> Iterator[Ready]:
 def stop_signals() -> threading.Event:
     """An event that SIGTERM, SIGINT or our parent's death sets; soon after, the process is gone either way.
 
-    A thread waits for the signals, because a handler would not run while the main thread is compiling.
+    A thread learns of the signals through a pipe: a handler would not run while the main thread is compiling.
     """
     stop = threading.Event()
-    handled = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
 
-    def give_up_later() -> None:
+    def watch(descriptor: int, *, until_end: bool) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(descriptor, 1) and until_end:
+                pass
         stop.set()
         time.sleep(HARD_STOP_S)
         os._exit(0)
 
-    def watch_signals() -> None:
-        signal.sigwait(handled)
-        give_up_later()
-
-    def watch_parent(descriptor: int) -> None:
-        with contextlib.suppress(OSError):
-            while os.read(descriptor, 1):
-                pass
-        give_up_later()
-
-    threading.Thread(target=watch_signals, name="signals", daemon=True).start()
+    threading.Thread(target=watch, args=(signals,), kwargs={"until_end": False}, name="signals", daemon=True).start()
     if (descriptor := os.environ.get(PARENT_FD)) is not None:
-        threading.Thread(target=watch_parent, args=(int(descriptor),), name="parent", daemon=True).start()
+        parent = (int(descriptor),)
+        threading.Thread(target=watch, args=parent, kwargs={"until_end": True}, name="parent", daemon=True).start()
     return stop
 
 

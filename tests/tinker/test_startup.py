@@ -1,0 +1,90 @@
+"""The real engine process: one sentence when it can't start, ready with a true row, gone when told or orphaned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tx.tinker.db import Engine as EngineRow
+from tx.tinker.db import open_database, reading
+from tx.tinker.notify import ChangeSignal
+from tx.tinker.startup import PARENT_FD
+
+START_S = 120.0
+STOP_S = 5.0
+
+
+def command(tmp_path: Path, model: Path | str, *more: str) -> list[str]:
+    engine = [sys.executable, "-m", "tx.tinker.engine"]
+    return [*engine, "--base-model", str(model), "--data-dir", str(tmp_path / "data"), *more]
+
+
+def environ(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"TX_DATABASE_URL": f"sqlite:///{tmp_path / 'tx.db'}", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "words"),
+    [
+        ("/no/such/folder", [], ["/no/such/folder", "does not exist"]),
+        ("tiny", ["--tensor-parallel-size", "64"], ["64"]),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_sentence(tmp_path, tiny_qwen3, model, more, words):
+    model = tiny_qwen3 if model == "tiny" else model
+    done = subprocess.run(
+        command(tmp_path, model, "--log-level", "error", *more), env=environ(tmp_path), capture_output=True, text=True,
+        timeout=START_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("tx: ")
+    assert all(word in last for word in words)
+    with reading(open_database(environ(tmp_path)["TX_DATABASE_URL"])) as db:
+        name = str(tiny_qwen3) if model == tiny_qwen3 else model
+        assert db.get(EngineRow, name).state == "failed"
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "orphaned"])
+def test_a_running_engine_is_gone_soon_after_it_is_told(tmp_path, tiny_qwen3, way):
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen(
+        command(tmp_path, tiny_qwen3, "--served-model-name", "my/model"),
+        env=environ(tmp_path) | {PARENT_FD: str(read_end)},
+        pass_fds=(read_end,),
+    )
+    os.close(read_end)
+    url = environ(tmp_path)["TX_DATABASE_URL"]
+    database, changes = open_database(url), ChangeSignal(url)
+
+    def row() -> EngineRow | None:
+        with reading(database) as db:
+            return db.get(EngineRow, str(tiny_qwen3))
+
+    try:
+        deadline = time.monotonic() + START_S
+        while (seen := row()) is None or seen.state != "ready":
+            assert process.poll() is None, "the engine died"
+            assert time.monotonic() < deadline, "the engine never became ready"
+            changes.wait(1.0)
+        assert (seen.max_context, seen.vocab_size, seen.tokenizer) == (512, 2048, str(tiny_qwen3))
+        assert seen.served_names == [str(tiny_qwen3), "my/model"]
+        assert seen.pid == process.pid
+        if way == "orphaned":
+            os.close(write_end)
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_S) == 0
+        assert row().state == "stopped"
+    finally:
+        process.kill()
+        process.wait()
+        if way != "orphaned":
+            os.close(write_end)
