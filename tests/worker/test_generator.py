@@ -7,40 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from tests.worker.sampler import (
+    CONTEXT,
+    EOS,
+    alone,
+    check_logprobs,
+    drain,
+    full_logits,
+    make,
+    prompt_of,
+    random_state,
+    request_of,
+    run,
+)
 from tx.errors import InvalidInput
-from tx.layers.logprobs import next_logits
-from tx.layers.lora import single_view
 from tx.models.loading import load_model
-from tx.models.lora_sites import lora_sites
-from tx.types import LoraConfig, ModelState, SampleRequest, SamplingParams
 from tx.worker import programs, sampling
-from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
-from tx.worker.prefill import PrefillSizes
 from tx.worker.snapshots import SnapshotStore
-
-EOS = (2022, 2024)
-CONTEXT = 512
 
 
 @pytest.fixture(scope="module")
 def model(tiny_qwen3):
-    return load_model(tiny_qwen3, make_mesh(1, 1, 1, 1), jnp.float32)
-
-
-def random_state(config, rank, seed, scale=0.3):
-    """An adapter strong enough to change what is sampled."""
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for site in lora_sites(config):
-        lead = () if site.num_experts is None else (site.num_experts,)
-        weights[f"{site.name}.lora_A"] = rng.normal(0, scale, (*lead, site.in_features, rank)).astype(np.float32)
-        weights[f"{site.name}.lora_B"] = rng.normal(0, scale / rank, (*lead, rank, site.out_features)).astype(
-            np.float32
-        )
-    return ModelState(LoraConfig(rank=rank, seed=seed), weights)
+    return load_model(tiny_qwen3, make_mesh(), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -52,76 +42,7 @@ def snapshots(model):
     return [*(store.get(f"snapshot-{index}") for index in range(3)), None]
 
 
-def detokenize(ids):
-    return "".join(f"<{token}>" for token in ids)
-
-
-def make(model, max_slots=8, **options):
-    arguments = {"max_context": CONTEXT, "eos_token_ids": EOS, "detokenize": detokenize} | options
-    return Generator(model, max_slots=max_slots, **arguments)
-
-
-def prompt_of(length, seed=0):
-    return np.random.default_rng(seed).integers(0, 2000, length).astype(np.int32)
-
-
-def request_of(prompt, num_samples=1, prompt_logprobs=False, topk=0, **params):
-    return SampleRequest(np.asarray(prompt, np.int32), num_samples, SamplingParams(**params), prompt_logprobs, topk)
-
-
-def run(generator, jobs):
-    """Submit (job id → request, snapshot) together and drain; results by job id, errors included."""
-    for job_id, (request, snapshot) in jobs.items():
-        generator.submit(job_id, request, snapshot)
-    return drain(generator)
-
-
-def drain(generator):
-    finished = {}
-    while generator.has_work:
-        for outcome in generator.slice():
-            finished[outcome.job_id] = outcome.error or outcome.result
-    return finished
-
-
-def alone(model, request, snapshot=None, **options):
-    return run(make(model, **options), {0: (request, snapshot)})[0]
-
-
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _full_logits(graphdef, weights, tokens, view):
-    module = nnx.merge(graphdef, weights)
-    positions = jnp.arange(tokens.shape[1])[None]
-    hidden, _ = module.hidden_states(tokens, positions, adapter=view)
-    lora, gate = (None, None) if view is None else (view.adapter.unembed, view.gate)
-    return next_logits(hidden, module.unembed_kernel(), lora, gate)
-
-
-def full_logits(model, tokens, snapshot):
-    """Logits at every position of one sequence, padded to one of two lengths so that few programs serve."""
-    padded = np.zeros((1, 96 if len(tokens) <= 96 else CONTEXT), np.int32)
-    padded[0, : len(tokens)] = tokens
-    view = None
-    if snapshot is not None:
-        view = single_view(
-            snapshot.adapter, snapshot.scaling, snapshot.expert_scaling, snapshot.rank, max(1, snapshot.expert_rank)
-        )
-    return _full_logits(model.graphdef, model.weights, jnp.asarray(padded), view)[0, : len(tokens)]
-
-
 draw = jax.jit(functools.partial(sampling.sample, filtered=True))
-
-
-def log_softmax(logits, temperature=1.0):
-    return np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0), axis=-1))
-
-
-def check_logprobs(model, request, snapshot, sequence):
-    """Every sampled token's logprob is that of a full forward over prompt and tokens."""
-    tokens = np.concatenate([request.prompt, sequence.tokens])
-    logprobs = log_softmax(full_logits(model, tokens, snapshot), request.params.temperature)
-    at = np.arange(len(request.prompt) - 1, len(tokens) - 1)
-    np.testing.assert_allclose(sequence.logprobs, logprobs[at, sequence.tokens], atol=1e-4)
 
 
 def reference_tokens(model, request, snapshot, sample):
@@ -200,9 +121,9 @@ def test_random_requests_equal_the_reference_decoder(model, snapshots):
 
 def test_c14_a_sample_is_the_same_alone_in_company_and_in_a_new_generator(model, snapshots):
     requests = random_requests(8, seed=2)
-    owners = [snapshots[job % 4] for job in range(8)]
-    together = run(make(model, max_slots=16), {job: (request, owners[job]) for job, request in enumerate(requests)})
-    crowded = make(model, max_slots=3, slice_tokens=5)
+    owners = [snapshots[0] if job % 2 else None for job in range(8)]
+    together = run(make(model, max_slots=8), {job: (request, owners[job]) for job, request in enumerate(requests)})
+    crowded = make(model, max_slots=4)
     again = run(crowded, {job: (requests[job], owners[job]) for job in reversed(range(8))})
     for job, request in enumerate(requests):
         lone = alone(model, request, owners[job], max_slots=1)
@@ -271,88 +192,6 @@ def test_max_tokens_is_cut_to_the_context(model):
     check_logprobs(model, request, None, sequence)
     request = request_of(prompt_of(CONTEXT - 20), seed=1, stop_on_eos=False)
     assert len(alone(model, request).sequences[0].tokens) == 20
-
-
-# ---- prompts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 2, 33, 400])
-@pytest.mark.parametrize("piece", [512, 32], ids=["whole", "in pieces"])
-def test_c09_prompt_logprobs_have_the_prompt_length(model, snapshots, length, piece):
-    generator = make(model)
-    generator._prefill.sizes = PrefillSizes(piece=piece, together=256, remembered=8192)
-    request = request_of(prompt_of(length), prompt_logprobs=True, topk=3, max_tokens=1, temperature=0.5)
-    result = run(generator, {0: (request, snapshots[0])})[0]
-    logprobs = log_softmax(full_logits(model, request.prompt, snapshots[0]))
-    assert result.prompt_logprobs.shape == (length,)
-    assert np.isnan(result.prompt_logprobs[0])
-    assert result.topk_prompt_logprobs.token_ids.shape == (length, 3)
-    expected = logprobs[np.arange(length - 1), request.prompt[1:]]
-    np.testing.assert_allclose(result.prompt_logprobs[1:], expected, atol=1e-4)
-    best = np.argsort(-logprobs[:-1], axis=-1)[:, :3]
-    assert (result.topk_prompt_logprobs.token_ids[1:] == best).all()
-    expected = np.take_along_axis(logprobs[:-1], best, axis=-1)
-    np.testing.assert_allclose(result.topk_prompt_logprobs.logprobs[1:], expected, atol=1e-4)
-    assert len(result.sequences[0].tokens) == 1
-
-
-def test_prompt_scores_are_absent_unless_asked_for(model):
-    result = alone(model, request_of(prompt_of(5), max_tokens=1))
-    assert result.prompt_logprobs is None
-    assert result.topk_prompt_logprobs is None
-    only_topk = alone(model, request_of(prompt_of(5), max_tokens=1, topk=20))
-    assert only_topk.prompt_logprobs is None
-    assert only_topk.topk_prompt_logprobs.logprobs.shape == (5, 20)
-
-
-def test_a_long_prompt_in_pieces_gives_the_same_and_lets_others_decode(model):
-    generator = make(model)
-    generator._prefill.sizes = PrefillSizes(piece=32, together=32, remembered=8192)
-    short = request_of(prompt_of(5), max_tokens=60, stop_on_eos=False)
-    long = request_of(prompt_of(300, 1), 2, max_tokens=10, seed=9, stop_on_eos=False)
-    generator.submit(0, short, None)
-    generator.slice()
-    generator.submit(1, long, None)
-    order = []
-    results = {}
-    while generator.has_work:
-        before = len(generator._groups[0].stops[0].tokens) if 0 in generator._groups else 60
-        finished = generator.slice()
-        results |= {outcome.job_id: outcome.result for outcome in finished}
-        after = len(generator._groups[0].stops[0].tokens) if 0 in generator._groups else 60
-        order.append(after > before)
-    assert order[:12] == [False, True] * 6  # a piece of the prompt, a slice of the other's tokens, …
-    for mine, theirs in zip(results[1].sequences, alone(model, long).sequences, strict=True):
-        assert mine.tokens.tolist() == theirs.tokens.tolist()
-
-
-def test_each_distinct_prompt_is_prefilled_once(model, snapshots, monkeypatch):
-    runs = []
-    real = programs.prefill
-    monkeypatch.setattr(
-        programs, "prefill", lambda *args, **kwargs: runs.append(args[2].shape) or real(*args, **kwargs)
-    )
-    generator = make(model, max_slots=4)
-    same = prompt_of(40)
-    jobs = {job: (request_of(same, 3, max_tokens=4, seed=job), snapshots[0]) for job in range(5)}
-    results = run(generator, jobs)
-    assert runs == [(1, 48)]
-    assert [results[job].prompt_cache_hit_tokens for job in range(5)] == [0, 39, 39, 39, 39]
-    run(generator, {9: (request_of(same, max_tokens=4), snapshots[1])})
-    assert len(runs) == 2  # another snapshot's keys and values are others
-
-
-def test_short_prompts_share_a_program(model, monkeypatch):
-    runs = []
-    real = programs.prefill
-    monkeypatch.setattr(
-        programs, "prefill", lambda *args, **kwargs: runs.append(args[2].shape) or real(*args, **kwargs)
-    )
-    requests = {job: (request_of(prompt_of(20, job), max_tokens=3, seed=job), None) for job in range(8)}
-    results = run(make(model), requests)
-    assert runs == [(8, 32)]
-    for job, (request, _) in requests.items():
-        check_logprobs(model, request, None, results[job].sequences[0])
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------
@@ -440,21 +279,28 @@ class Compilations(logging.Handler):
 
 
 def test_random_parameters_compile_nothing_after_warm_up(model, snapshots):
-    generator = make(model, max_slots=8)
+    """The programs of four slots and prompts up to 64 are few enough to run each once; then nothing compiles."""
+    generator = make(model, max_slots=4)
     owners = [snapshots[0], None]
-    warm = {job: (request, owners[job % 2]) for job, request in enumerate(random_requests(16, seed=3))}
-    lone = {
-        job: (request_of(prompt_of(5), top_k=top_k, max_tokens=2), owner)
-        for job, (top_k, owner) in enumerate([(-1, None), (5, None), (-1, owners[0]), (5, owners[0])])
-    }
+
+    def stream(seed):
+        return {job: (request, owners[job % 2]) for job, request in enumerate(random_requests(16, seed=seed))}
+
     with Compilations() as compiled:
-        run(generator, warm)
-        for job in lone.items():
-            run(generator, dict([job]))
+        for owner in owners:
+            for length in (20, 40, 60):  # alone and together; to one row and to four
+                batch = {job: (request_of(prompt_of(length, job), max_tokens=1), owner) for job in range(10)}
+                run(generator, batch)
+                run(generator, {0: (request_of(prompt_of(length, 99), max_tokens=2), owner)})
+            for top_k in (-1, 5):  # decoding one row and four, from one row to four and back
+                lone = request_of(prompt_of(20), max_tokens=80, top_k=top_k, stop_on_eos=False)
+                generator.submit(0, lone, owner)
+                generator.slice()
+                run(generator, {1: (request_of(prompt_of(20), 3, max_tokens=9, top_k=top_k), owner)})
     assert compiled.names  # the counter counts
-    stream = {job: (request, owners[job % 2]) for job, request in enumerate(random_requests(16, seed=4))}
     with Compilations() as compiled:
-        run(generator, stream)
+        for seed in (6, 7):
+            run(generator, stream(seed))
     assert compiled.names == []
 
 
@@ -520,37 +366,3 @@ def test_logits_that_are_not_finite_fail_their_own_request(model, snapshots):
     assert isinstance(results[0], InvalidInput)
     for job, owner in ((1, snapshots[0]), (2, None)):
         check_logprobs(model, request, owner, results[job].sequences[0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"prompt": np.zeros(0, np.int32)}, "prompt"),
-        ({"prompt": np.array([5, 2048])}, "prompt"),
-        ({"prompt": np.array([-1])}, "prompt"),
-        ({"prompt": np.array([1.5])}, "prompt"),
-        ({"prompt": np.zeros(CONTEXT, np.int32)}, "prompt"),
-        ({"num_samples": 0}, "num_samples"),
-        ({"num_samples": 10**9}, "num_samples"),
-        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),
-        ({"topk_prompt_logprobs": 2049}, "topk_prompt_logprobs"),
-        ({"params": SamplingParams(max_tokens=0)}, "sampling_params.max_tokens"),
-        ({"params": SamplingParams(temperature=-0.1)}, "sampling_params.temperature"),
-        ({"params": SamplingParams(temperature=float("nan"))}, "sampling_params.temperature"),
-        ({"params": SamplingParams(temperature=float("inf"))}, "sampling_params.temperature"),
-        ({"params": SamplingParams(top_p=0.0)}, "sampling_params.top_p"),
-        ({"params": SamplingParams(top_p=1.1)}, "sampling_params.top_p"),
-        ({"params": SamplingParams(top_k=0)}, "sampling_params.top_k"),
-        ({"params": SamplingParams(top_k=-2)}, "sampling_params.top_k"),
-        ({"params": SamplingParams(seed=2**63)}, "sampling_params.seed"),
-        ({"params": SamplingParams(stop_token_ids=(-1,))}, "sampling_params.stop"),
-        ({"params": SamplingParams(stop_strings=("",))}, "sampling_params.stop"),
-    ],
-)
-def test_wrong_requests_name_their_field(model, changes, field):
-    arguments = {"prompt": prompt_of(4), "num_samples": 1, "params": SamplingParams(max_tokens=1)} | changes
-    generator = make(model)
-    with pytest.raises(InvalidInput) as caught:
-        generator.submit(0, SampleRequest(**arguments), None)
-    assert caught.value.field == field
-    assert not generator.has_work

@@ -42,9 +42,6 @@ from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
 
-_INSERT_SIZES = (1, 8)
-"""Slots that one insert fills: a prompt goes to a single row or to a group."""
-
 
 class Generator:
     """Samples for many requests at once from one base model and any number of snapshots.
@@ -163,13 +160,9 @@ class Generator:
         seated = [slot for slot, _ in slots.seat(group.job_id)]
         if prompt is None:
             return
-        size = _INSERT_SIZES[len(seated) > 1]
-        for start in range(0, len(seated), size):
-            some = seated[start : start + size]
-            targets = np.full(size, len(slots.seats), np.int32)  # past the end: dropped
-            targets[: len(some)] = some
-            sources = np.full(size, prompt.row, np.int32)
-            self._cache = programs.insert(self._cache, prompt.cache, jnp.asarray(sources), jnp.asarray(targets))
+        targets = np.zeros(len(slots.seats), np.int32)
+        targets[: len(seated)] = seated
+        self._cache = programs.insert(self._cache, prompt, jnp.asarray(targets), jnp.int32(len(seated)))
 
     def _fit(self, num_rows: int, length: int) -> None:
         """Give the cache room for ``num_rows`` rows, for ``length`` positions and for every live row's next slice."""

@@ -33,14 +33,6 @@ _MIN_TOPK = 8
 
 
 @dataclass(frozen=True)
-class PromptCache:
-    """One prompt's keys and values: row ``row`` of ``cache``, padded on the right."""
-
-    cache: KVCache
-    row: int
-
-
-@dataclass(frozen=True)
 class PrefillSizes:
     """What bounds one program.
 
@@ -68,7 +60,7 @@ class Prefill:
         self.sizes = sizes
         self._model = model
         self._max_context = max_context
-        self._recent: OrderedDict[PromptKey, PromptCache] = OrderedDict()
+        self._recent: OrderedDict[PromptKey, KVCache] = OrderedDict()
         # The long prompt that is part way: its group, its cache and how many tokens it holds.
         self._long: tuple[Group, KVCache, int] | None = None
 
@@ -82,8 +74,8 @@ class Prefill:
         """Whether the group's prompt is part way."""
         return self._long is not None and self._long[0] is group
 
-    def cache_of(self, group: Group) -> PromptCache | None:
-        """The keys and values of a ready group; None if the prompt has but one token and needs none."""
+    def cache_of(self, group: Group) -> KVCache | None:
+        """A ready group's prompt as one row of keys and values; None if it has but one token and needs none."""
         if len(group.prompt) == 1:
             return None
         self._recent.move_to_end(_key(group))
@@ -124,7 +116,7 @@ class Prefill:
             tokens[row, : len(group.prompt) - 1] = group.prompt[:-1]
         cache = self._run(head, tokens, 0, None)
         for row, group in enumerate(groups):
-            self._remember(group, PromptCache(cache, row))
+            self._remember(group, cache if rows == 1 else programs.row_of(cache, jnp.int32(row)))
         return rows * padded
 
     def _advance_long(self, group: Group) -> int:
@@ -142,7 +134,7 @@ class Prefill:
         tokens[0, : len(part)] = part
         cache = self._run(group, tokens, start, cache)
         if start + len(part) == len(group.prompt) - 1:
-            self._remember(group, PromptCache(cache, 0))
+            self._remember(group, cache)
         else:
             self._long = (group, cache, start + len(part))
         return size
@@ -181,14 +173,12 @@ class Prefill:
         rank, expert_rank = max(1, snapshot.rank), max(1, snapshot.expert_rank)
         return single_view(snapshot.adapter, snapshot.scaling, snapshot.expert_scaling, rank, expert_rank)
 
-    def _remember(self, group: Group, prompt: PromptCache) -> None:
+    def _remember(self, group: Group, prompt: KVCache) -> None:
         group.computed = True
         self._recent[_key(group)] = prompt
         self._recent.move_to_end(_key(group))
         # The newest always stays: its group is about to be seated.
-        while (
-            len(self._recent) > 1 and sum(kept.cache.length for kept in self._recent.values()) > self.sizes.remembered
-        ):
+        while len(self._recent) > 1 and sum(kept.length for kept in self._recent.values()) > self.sizes.remembered:
             self._recent.popitem(last=False)
 
     def _padded(self, group: Group) -> int:

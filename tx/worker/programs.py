@@ -18,7 +18,6 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from tx.layers import kv_cache
 from tx.layers.kv_cache import CACHE_AXES, KVCache
 from tx.layers.logprobs import next_logits, target_logprobs, topk_logprobs
 from tx.layers.lora import AdapterView, LoraWeights
@@ -93,10 +92,23 @@ def prefill(
     return kept, PromptScores(logprobs, *topk_logprobs(hidden, *head, k=num_topk, chunk=HEAD_CHUNK))
 
 
+@jax.jit
+def row_of(cache: KVCache, row: Int[Array, ""]) -> KVCache:
+    """One row of a prefilled batch as a cache of its own, so that the rest of the batch can be freed without it."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=0), cache)
+
+
 @partial(jax.jit, donate_argnames="cache")
-def insert(cache: KVCache, prompt: KVCache, sources: Int[Array, "n"], slots: Int[Array, "n"]) -> KVCache:
-    """Copy rows ``sources`` of a prefilled prompt into ``slots``; a slot past the end takes nothing."""
-    return kv_cache.insert(cache, prompt, sources, slots)
+def insert(cache: KVCache, prompt: KVCache, slots: Int[Array, "slot"], count: Int[Array, ""]) -> KVCache:
+    """Copy a prefilled prompt (one row) to the start of the first ``count`` of ``slots``, in place.
+
+    How many is data: a program exists per size of cache and of prompt, whether for one row or for a large group.
+    """
+
+    def put(at: Int[Array, ""], cache: KVCache) -> KVCache:
+        return jax.tree.map(lambda x, new: lax.dynamic_update_slice(x, new, (slots[at], 0, 0, 0)), cache, prompt)
+
+    return lax.fori_loop(0, count, put, cache)
 
 
 @partial(jax.jit, static_argnames=("length", "mesh"))
