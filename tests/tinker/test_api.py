@@ -76,11 +76,12 @@ def start(tmp_path, port: int, *flags: str) -> subprocess.Popen:
 
 
 def wait_listening(port: int) -> httpx.Response:
-    for _ in range(3000):
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/api/v1/healthz")
-        except httpx.TransportError:
-            time.sleep(0.01)
+    with httpx.Client(timeout=60) as http:
+        for _ in range(3000):
+            try:
+                return http.get(f"http://127.0.0.1:{port}/api/v1/healthz")
+            except httpx.TransportError:
+                time.sleep(0.02)
     raise AssertionError("it never listened")
 
 

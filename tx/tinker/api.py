@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -224,6 +225,7 @@ def run(config: TxConfig) -> int:
         )
         service_.engine_process = supervisor
     options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
+    options["log_level"] = "info" if config.log_level == "debug" else "warning"  # what uvicorn has to tell, we tell
     server = _Server(uvicorn.Config(create_app(service_), **options), service_, supervisor)
     servers.append(server)
     host, port = listener.getsockname()[:2]
@@ -236,7 +238,7 @@ def run(config: TxConfig) -> int:
         if supervisor is not None:
             supervisor.stop()
         service_.close()
-    log.info("Stopped.")
+        log.info("Stopped.")
     return server.exit_code
 
 
@@ -283,5 +285,21 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def _main_process() -> NoReturn:
+    """Leave without finalising the interpreter: all is closed by now, and that would cost a second or more."""
+    code = 1
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    except BaseException:
+        log.exception("The API process failed")
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    _main_process()

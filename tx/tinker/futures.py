@@ -114,12 +114,12 @@ class Watcher:
                 self._waiting[request_id].discard(me)
                 if not self._waiting[request_id]:
                     del self._waiting[request_id]
-                if not self._waiting:
+                if not self._waiting and not self._stopped:
                     self._someone.clear()
 
     def stop(self) -> None:
         """Send every waiter home (they answer "try again"); safe to call in a signal handler."""
-        self._stopped = True
+        self._stopped = True  # first, so that nobody clears the event after this
         self._someone.set()
 
     def close(self) -> None:
