@@ -45,6 +45,13 @@ def test_the_worked_example(db):
     assert inputs["recorded_mask"].tolist() == [0, 0, 1, 1]
 
 
+def test_targets_under_a_prompt_span_are_not_compared(db):
+    """The cookbook's rl_loop pads them with zeros: they carry no loss."""
+    spans = [Span("7-0", 1, 2, False), Span("7-0", 0, 1, True)]
+    resolved = recordings.resolve(db, request([0, 0, 20], spans, [0, 0, 1]), "s")
+    assert resolved.data[0].inputs["logprobs"].tolist() == [0, 0, -1]
+
+
 def test_a_span_may_start_anywhere_in_its_sequence(db):
     resolved = recordings.resolve(db, request([21, 22], [Span("7-0", 1, 2, True)], [1, 1]), "s")
     assert resolved.data[0].inputs["logprobs"].tolist() == [-2, -3]
@@ -60,7 +67,7 @@ def test_other_losses_ignore_spans(db):
     [
         ([20, 21], [Span("8-0", 0, 2, True)], [1, 1], r"loss_fn_input_spans\[0\]\.sequence_id.*8-0"),
         ([20, 99], [Span("7-0", 0, 2, True)], [1, 1], "the tokens of sequence 7-0"),
-        ([11, 99], [Span("7-0", 1, 2, False)], [0, 0], "the tokens of sequence 7-0"),
+        ([0, 0], [Span("7-0", 2, 2, False)], [0, 0], "at most 3 of sequence 7-0"),
         ([20, 21], [Span("7-0", 2, 2, True)], [1, 1], "at most 3 of sequence 7-0"),
         ([20, 21], [Span("7-0", 0, 1, True)], [1, 0], "tile the 2 target tokens"),
         ([12, 20], [Span("7-0", 2, 1, False), Span("7-0", 0, 1, True)], [1, 1], "advantages.*position 0"),

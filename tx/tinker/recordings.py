@@ -124,7 +124,7 @@ def _resolve_datum(datum: Datum, where: str, found: Mapping[str, RecordedSequenc
 
 
 def _recorded(span: Span, where: str, found: Mapping[str, RecordedSequence], targets: np.ndarray) -> np.ndarray:
-    """The recorded logprobs of one span (zeros for a prompt span), its tokens checked against the targets."""
+    """The recorded logprobs of one span (zeros for a prompt span), sampled tokens checked against the targets."""
     row = found.get(span.sequence_id)
     if row is None:
         raise NotFound(
@@ -136,8 +136,8 @@ def _recorded(span: Span, where: str, found: Mapping[str, RecordedSequence], tar
     tokens = np.frombuffer(row.tokens if span.sampled else row.prompt, "<i4")
     if end > tokens.size:
         raise InvalidInput(where, f"positions to {end}", f"at most {tokens.size} of sequence {span.sequence_id}")
+    if not span.sampled:
+        return np.zeros(span.length, np.float32)  # targets of a prompt carry no loss, so clients put anything there
     if not np.array_equal(tokens[span.offset : end], targets):
         raise InvalidInput(where, "other target tokens", f"the tokens of sequence {span.sequence_id}")
-    if not span.sampled:
-        return np.zeros(span.length, np.float32)
     return np.frombuffer(row.logprobs, "<f4")[span.offset : end]
