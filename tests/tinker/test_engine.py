@@ -462,3 +462,14 @@ def test_stopping_puts_unfinished_jobs_back(bench):
     left = [request_id for request_id in ids if not bench.jobs.finished_ids([request_id])]
     assert left
     assert {bench.jobs.get(request_id).status for request_id in left} == {"pending"}
+
+
+def test_the_same_code_runs_on_postgresql(tmp_path, postgres_url, tiny_qwen3, worker):
+    bench = Bench(tmp_path, postgres_url, tiny_qwen3, worker)
+    client = Client(bench)
+    jobs = bench.run(client.create(), client.train(), client.step(), client.do("save_weights", path="ck"))
+    assert [job.status for job in jobs] == ["done"] * 4
+    save, sampler = client.snapshot()
+    assert len(tokens_of(bench.run(save, client.sample(sampler, PROMPT))[1])[0]) == 6
+    bench.signal.close()
+    bench.db.dispose()
