@@ -50,9 +50,6 @@ MAX_WAITING_SAMPLES = 1024
 MAX_WAITING_TRAINING = 256
 """Claimed jobs kept in memory per sort: enough to plan with, while a flood of one sort can't lock the other out."""
 
-DEFAULT_DECODE_SLOTS = 256
-"""As the worker's on a GPU; twice as many requests are handed to it, so that slots never wait for the loop."""
-
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
 
@@ -342,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ready.worker,
                 ready.folders,
                 config.base_model_name,
-                sample_room=2 * (config.sample_max_num_sequences or DEFAULT_DECODE_SLOTS),
+                sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
             )
             ready.registration.update("ready")
             log.info("ready")

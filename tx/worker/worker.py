@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 from tx import types
 from tx.errors import InvalidInput, NotFound, StartupError
@@ -41,6 +41,8 @@ GPU_MICRO_BATCH_TOKENS = 8192
 
 class Worker:
     """A loaded base model with everything that trains and samples on it.
+
+    ``card`` says what it is, ``decode_slots`` how many sequences it samples at once.
 
     Args:
         model_folder: a Hugging Face folder (config.json, safetensors, tokenizer).
@@ -106,9 +108,10 @@ class Worker:
             gradient_checkpointing=gradient_checkpointing,
             max_context=self.card.max_context,
         )
+        self.decode_slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
         self._generator = Generator(
             self._model,
-            max_slots=sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS),
+            max_slots=self.decode_slots,
             max_context=self.card.max_context,
             eos_token_ids=config.eos_token_ids,
             detokenize=_detokenizer(model_folder),
@@ -219,8 +222,11 @@ class Worker:
 
 def _detokenizer(model_folder: Path) -> Callable[[Sequence[int]], str]:
     """Token ids to text with special tokens spelled out, as stop strings see it; StartupError without a tokenizer."""
+    file = model_folder / "tokenizer.json"
+    if not file.is_file():
+        raise StartupError(f"no tokenizer.json in {model_folder}: stop strings can't be matched without it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    except (OSError, ValueError) as error:
-        raise StartupError(f"no usable tokenizer in {model_folder}: {error}") from error
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception on a file that it can't read
+        raise StartupError(f"{file} is not a usable tokenizer: {error}") from error
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
