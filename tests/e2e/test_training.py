@@ -8,6 +8,8 @@ from tinker import types
 from tests.e2e.test_two_tenants import example
 from tests.support.server import BASE_MODEL
 
+pytestmark = pytest.mark.filterwarnings("ignore:DEPRECATED. TrainingClient.load_state:FutureWarning")
+
 
 def client(service: tinker.ServiceClient, seed: int = 0, rank: int = 4, **layers: bool) -> tinker.TrainingClient:
     return service.create_lora_training_client(BASE_MODEL, rank=rank, seed=seed, **layers).result()
