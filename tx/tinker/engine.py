@@ -8,7 +8,7 @@ The life of a job:
 4. A lost model or snapshot is rebuilt first (``Rebuilds``); the job waits, the others don't.
 5. ``Work.start`` runs its handler. A barrier (step, load, save) acts at once; rows of ``forward_backward`` and
    ``sample`` go to the worker.
-6. The loop gives the worker one training micro-batch and one decode slice in turn.
+6. The loop gives the worker one training micro-batch, then decode slices for as long as that took, in turn.
 7. What a slice finished is encoded and committed at once; the commit wakes the API, which hands the bytes out.
    Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
 8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server".
@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,6 +91,7 @@ class Engine:
         self._last_barrier: dict[str, int] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
         self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
+        self._sampling_credit_s = 0.0  # device time that sampling may use before training's next turn
         self._look = True  # something may be pending in the table
         self._replan = False
         self._next_housekeeping = 0.0
@@ -238,14 +240,21 @@ class Engine:
     # ---- 6: compute, 7: commit --------------------------------------------------------------------------------
 
     def _compute(self) -> bool:
-        worked = False
-        if self._worker.training:
+        """One unit of device work. Sampling gets as much device time as the last micro-batch took, then training goes.
+
+        So a short sample that arrives during a micro-batch is usually done before the next one starts, and a flood of
+        samples leaves training half of the device.
+        """
+        started = time.perf_counter()
+        if self._worker.training and not (self._worker.sampling and self._sampling_credit_s > 0):
             self._deliver(self._slice(self._worker.train_slice, COMMUTING))
-            worked = True
+            self._sampling_credit_s = time.perf_counter() - started
+            return True
         if self._worker.sampling:
             self._deliver(self._slice(self._worker.sample_slice, frozenset({SAMPLE})))
-            worked = True
-        return worked
+            self._sampling_credit_s -= time.perf_counter() - started
+            return True
+        return False
 
     def _slice(self, run: Callable[[], list[Finished]], kinds: frozenset[str]) -> list[Finished]:
         """One slice; if the worker itself breaks, the jobs of that sort that it holds fail and the engine goes on."""

@@ -34,9 +34,9 @@ CPU_DECODE_SLOTS = 16
 """Decoding on CPU is compute-bound past about 16 rows: more slots add latency, not tokens per second."""
 GPU_DECODE_SLOTS = 256
 
-CPU_MICRO_BATCH_TOKENS = 2048
+CPU_MICRO_BATCH_TOKENS = 512
 GPU_MICRO_BATCH_TOKENS = 8192
-"""Past a few thousand tokens the matrix products are compute-bound, and a larger micro-batch only delays sampling."""
+"""Enough for matrix products to be compute-bound; a larger micro-batch would only make sampling wait longer."""
 
 
 class Worker:
