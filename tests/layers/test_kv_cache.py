@@ -34,24 +34,3 @@ def test_write_puts_each_row_at_its_positions_and_drops_past_the_end():
     expected = np.zeros((3, 4, 1, 2))
     expected[0, [0, 1]], expected[1, [2, 3]], expected[2, 3] = fresh[0], fresh[1], fresh[2, 0]
     assert np.array_equal(got, expected)
-
-
-def test_insert_copies_rows_to_slots():
-    cache, prefill = _filled(4, 6), _filled(2, 3, start=1000)
-    got = kv_cache.insert(cache, prefill, jnp.array([1, 1, 0]), jnp.array([3, 0, 4]))  # slot 4 is out of range
-    for before, after, source in zip(cache.k + cache.v, got.k + got.v, prefill.k + prefill.v, strict=True):
-        expected = np.array(before)
-        expected[3, :3], expected[0, :3] = source[1], source[1]
-        assert np.array_equal(after, expected)
-
-
-def test_resize_pads_and_cuts():
-    cache = _filled(2, 3)
-    grown = kv_cache.resize(cache, rows=4, length=5)
-    assert (grown.rows, grown.length) == (4, 5)
-    assert np.array_equal(grown.k[1][:2, :3], cache.k[1])
-    assert not np.any(grown.k[1][2:])
-    assert not np.any(grown.k[1][:, 3:])
-    back = kv_cache.resize(grown, rows=2, length=3)
-    assert np.array_equal(back.v[0], cache.v[0])
-    assert kv_cache.resize(cache).k[0] is cache.k[0]

@@ -41,8 +41,3 @@ def test_rows_respect_budget_cap_and_mesh(waiting, length, tokens, cap, multiple
     assert power_of_two(rows // multiple) == rows // multiple
     assert full == multiple or (full * length <= tokens and (not cap or full <= cap))
     assert rows == multiple or waiting >= rows * 3 / 4
-
-
-def test_halving_the_budget_halves_the_rows():
-    limits = Limits(1024, 0, 512)
-    assert [max_rows(64, limits), max_rows(64, limits.halved())] == [16, 8]

@@ -63,32 +63,6 @@ def empty(config: CacheShape, rows: int, length: int, dtype: Any, mesh: Mesh | N
     return KVCache(k=tuple(zeros[: config.num_layers]), v=tuple(zeros[config.num_layers :]))
 
 
-def resize(cache: KVCache, rows: int | None = None, length: int | None = None) -> KVCache:
-    """Pad with zeros or cut at the end, in either dimension; arrays of the right shape are returned as they are."""
-    rows = cache.rows if rows is None else rows
-    length = cache.length if length is None else length
-
-    def fit(x: jax.Array) -> jax.Array:
-        if x.shape[:2] == (rows, length):
-            return x
-        x = x[:rows, :length]
-        return jnp.pad(x, ((0, rows - x.shape[0]), (0, length - x.shape[1]), (0, 0), (0, 0)))
-
-    return jax.tree.map(fit, cache)
-
-
-def insert(cache: KVCache, prefill: KVCache, source_rows: Int[Array, "n"], slots: Int[Array, "n"]) -> KVCache:
-    """Copy ``prefill`` row ``source_rows[i]`` to the start of cache row ``slots[i]``; slots out of range are dropped.
-
-    One source row may go to several slots (a group shares its prompt). ``prefill`` is at most as long as the cache.
-    """
-
-    def copy(target: jax.Array, source: jax.Array) -> jax.Array:
-        return target.at[slots, : source.shape[1]].set(source[source_rows].astype(target.dtype), mode="drop")
-
-    return jax.tree.map(copy, cache, prefill)
-
-
 def write(
     target: Float[Array, "row length kv_heads head_dim"],
     fresh: Float[Array, "row seq kv_heads head_dim"],

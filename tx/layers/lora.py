@@ -134,18 +134,6 @@ def _join(sites: Sequence[LoraWeights | None], ranks: Sequence[tuple[int, int]])
     return LoraWeights(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2))
 
 
-def pad_rank(adapter: Adapter, rank: int, expert_rank: int) -> Adapter:
-    """Zero columns up to these ranks; they add nothing and get exactly zero gradient."""
-
-    def pad(site: LoraWeights) -> LoraWeights:
-        extra = (expert_rank if site.a.ndim == 3 else rank) - site.a.shape[-1]
-        lead = [(0, 0)] * (site.a.ndim - 2)
-        return LoraWeights(jnp.pad(site.a, [*lead, (0, 0), (0, extra)]), jnp.pad(site.b, [*lead, (0, extra), (0, 0)]))
-
-    layers = tuple({key: pad(site) for key, site in layer.items()} for layer in adapter.layers)
-    return Adapter(layers, None if adapter.unembed is None else pad(adapter.unembed))
-
-
 def dot(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """A product that accumulates in, and returns, float32."""
     return jnp.dot(x, w, preferred_element_type=jnp.float32)

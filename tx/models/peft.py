@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,8 @@ def import_files(files: Mapping[str, bytes], num_experts_per_tok: int = 0) -> Mo
     except (ValueError, SafetensorError) as error:
         raise InvalidInput("path", f"an adapter folder that can't be read ({error})", "a PEFT LoRA adapter") from error
     rank, alpha = _checked_config(config)
-    weights = _from_tensors(tensors, rank, num_experts_per_tok)
+    # Sorted: safetensors hands them out in no fixed order, and the same file should get the same error.
+    weights = _from_tensors(dict(sorted(tensors.items())), rank, num_experts_per_tok)
     keys = {name.split(".")[-2] for name in weights}
     lora = LoraConfig(
         rank=rank,
@@ -101,12 +101,6 @@ def import_files(files: Mapping[str, bytes], num_experts_per_tok: int = 0) -> Mo
         alpha=alpha,
     )
     return ModelState(lora, weights)
-
-
-def read_folder(folder: Path, num_experts_per_tok: int = 0) -> ModelState:
-    """``import_files`` of a folder."""
-    files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()}
-    return import_files(files, num_experts_per_tok)
 
 
 def _checked_config(config: Any) -> tuple[int, float]:

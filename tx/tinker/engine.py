@@ -117,11 +117,6 @@ class Engine:
         self._keep_house()
         return worked or self._replan or bool(self._rebuilds)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is claimed and unfinished, files included."""
-        return not (self._waiting or self._running or self._writing)
-
     def _wait(self) -> None:
         if self._signal.wait(_WRITING_WAIT_S if self._writing else _IDLE_WAIT_S):
             self._look = True

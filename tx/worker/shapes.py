@@ -44,10 +44,6 @@ class Limits:
     max_context: int
     row_multiple: int = 1
 
-    def halved(self) -> Limits:
-        """Half the token budget, for when memory ran out."""
-        return Limits(max(1, self.tokens // 2), self.rows, self.max_context, self.row_multiple)
-
 
 def power_of_two(value: int) -> int:
     """The smallest power of two that is at least ``value``."""
