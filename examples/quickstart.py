@@ -13,7 +13,7 @@ datum = types.Datum(
 )
 for step in range(8):
     loss = training.forward_backward([datum], "cross_entropy")
-    training.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+    training.optim_step(types.AdamParams(learning_rate=2e-3)).result()
     print(f"step {step}: loss per token {loss.result().metrics['loss:sum'] / len(answer):.3f}")
 sampler = training.save_weights_and_get_sampling_client().result()
 greedy = types.SamplingParams(max_tokens=32, temperature=0.0)
