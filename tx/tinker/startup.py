@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import jax
 from sqlalchemy.engine import Engine as Database
 
-from tx.errors import StartupError
+from tx.errors import InvalidInput, StartupError
 from tx.tinker.base_model import locate
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 PARENT_FD = "TX_PARENT_FD"
 """Environment variable with the read end of a pipe that our parent holds: end of file means that it is gone."""
 
-HARD_STOP_S = 2.5
+HARD_STOP_S = 2.0
 """A slice or a compilation that takes longer than this is not waited for: its jobs start again next time."""
 
 _PROGRESS_EVERY_S = 2.0
@@ -101,24 +101,27 @@ def _load(config: TxConfig, registration: Registration) -> Worker:
     files = locate(config)
     registration.update("starting", f"reading {files.folder.name}", tokenizer=files.tokenizer)
     log.info("reading %s from %s", config.base_model_name, files.folder)
-    worker = Worker(
-        files.folder,
-        config.base_model_name,
-        dtype=config.dtype,
-        max_lora_adapters=config.max_lora_adapters,
-        max_lora_rank=config.max_lora_rank,
-        data_parallel_size=config.data_parallel_size,
-        fully_sharded_data_parallel_size=config.fully_sharded_data_parallel_size,
-        expert_parallel_size=config.expert_parallel_size,
-        tensor_parallel_size=config.tensor_parallel_size,
-        train_micro_batch_size=config.train_micro_batch_size,
-        train_micro_batch_tokens=config.train_micro_batch_tokens,
-        sample_max_num_sequences=config.sample_max_num_sequences,
-        gradient_checkpointing=config.gradient_checkpointing,
-        shard_attention_heads=config.shard_attention_heads,
-        enforce_eager=config.enforce_eager,
-        progress=_progress(registration),
-    )
+    try:
+        worker = Worker(
+            files.folder,
+            config.base_model_name,
+            dtype=config.dtype,
+            max_lora_adapters=config.max_lora_adapters,
+            max_lora_rank=config.max_lora_rank,
+            data_parallel_size=config.data_parallel_size,
+            fully_sharded_data_parallel_size=config.fully_sharded_data_parallel_size,
+            expert_parallel_size=config.expert_parallel_size,
+            tensor_parallel_size=config.tensor_parallel_size,
+            train_micro_batch_size=config.train_micro_batch_size,
+            train_micro_batch_tokens=config.train_micro_batch_tokens,
+            sample_max_num_sequences=config.sample_max_num_sequences,
+            gradient_checkpointing=config.gradient_checkpointing,
+            shard_attention_heads=config.shard_attention_heads,
+            enforce_eager=config.enforce_eager,
+            progress=_progress(registration),
+        )
+    except InvalidInput as error:  # config.json says something that the models here can't honour
+        raise StartupError(f"{config.base_model_name} can't be served: {error}") from error
     card = worker.card
     registration.update("starting", "loaded", card=card)
     log.info(
