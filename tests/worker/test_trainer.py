@@ -348,8 +348,8 @@ def test_c10_out_of_memory_halves_micro_batches_and_then_fails_one_job(lab: Lab,
     real, shapes = trainer_module._forward_backward, []
 
     def small_device(*arguments):
-        shapes.append(arguments[8].shape)
-        if arguments[8].size > room:
+        shapes.append(arguments[9].shape)
+        if arguments[9].size > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return real(*arguments)
 

@@ -1,7 +1,10 @@
-"""The layer loop: unrolled, every layer through one jitted function, optionally rematerialised.
+"""The layer loop: unrolled or scanned, every layer through one jitted function, optionally rematerialised.
 
 All layers of one kind share a trace and a lowered function, so tracing costs one layer, not all. Weights stay one
 array per layer: scanning over stacked ones costs decoding 2 to 3 times, which slices them at every step.
+
+A long pass over many tokens can afford to stack them (a copy of the layers' weights while it runs) and is then compiled
+as one: SmolLM2's 30 layers, forward and backward, compile in 5 s instead of 12 on a 2-core CPU and run 7 % slower.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -73,11 +77,15 @@ def run_layers(
     cache: KVCache | None,
     keep_kv: bool,
     remat: bool,
+    scan: bool = False,
 ) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
     """All layers in turn; the updated cache, or the fresh one if ``keep_kv``, or None.
 
-    ``remat`` keeps only each layer's input for the backward pass and computes the layer again there.
+    ``remat`` keeps only each layer's input for the backward pass and computes the layer again there. ``scan`` stacks
+    the layers if they are all of one kind and no cache is given.
     """
+    if scan and cache is None and len({_kind(layer, index, adapter) for index, layer in enumerate(layers)}) == 1:
+        return _scan_layers(layers, x, rope, positions, adapter=adapter, keep_kv=keep_kv, remat=remat)
     keep_kv = keep_kv or cache is not None
     kept: list[LayerCache] = []
     for index, layer in enumerate(layers):
@@ -93,6 +101,38 @@ def run_layers(
     if not keep_kv:
         return x, None
     return x, KVCache(k=tuple(kv[0] for kv in kept), v=tuple(kv[1] for kv in kept))
+
+
+def _kind(layer: DecoderLayer, index: int, adapter: AdapterView | None) -> Any:
+    """Layers of equal kinds can be stacked: the same modules, with adapters on the same sites."""
+    sites = None if adapter is None else tuple(sorted(adapter.adapter.layers[index]))
+    return nnx.graphdef(layer), sites
+
+
+def _scan_layers(
+    layers: Sequence[DecoderLayer],
+    x: Float[Array, "row seq embed"],
+    rope: RotaryTables,
+    positions: Int[Array, "row seq"],
+    *,
+    adapter: AdapterView | None,
+    keep_kv: bool,
+    remat: bool,
+) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
+    """``run_layers`` over layers of one kind, stacked."""
+    graphdef = nnx.graphdef(layers[0])
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    weights = stack([nnx.state(layer) for layer in layers])
+    sites = {} if adapter is None else stack(adapter.adapter.layers)
+    gates = (None, None) if adapter is None else (adapter.gate, adapter.expert_gate)
+
+    def one(x: Any, layer: Any) -> Any:
+        return _run_layer(graphdef, keep_kv, layer[0], x, rope, positions, LayerLora(layer[1], *gates), None)
+
+    x, kept = jax.lax.scan(jax.checkpoint(one) if remat else one, x, (weights, sites))
+    if not keep_kv:
+        return x, None
+    return x, KVCache(k=tuple(kept[0]), v=tuple(kept[1]))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

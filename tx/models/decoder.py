@@ -108,17 +108,18 @@ class DecoderForCausalLM(nnx.Module):
         cache: KVCache | None = None,
         return_cache: bool = False,
         remat: bool = False,
+        scan: bool = False,
     ) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
         """Final hidden states (normed) and, if asked for or given, the KV cache.
 
         Without a cache, attention is causal inside each row by index, so padding on the right is harmless. With one,
         fresh keys and values are written at ``positions`` (dropped past the end) and a query sees positions up to its
-        own. ``remat`` trades time for memory in the backward pass.
+        own. ``remat`` trades time for memory in the backward pass, ``scan`` memory for time to compile.
         """
         x = constrain(self.embed_tokens(tokens), ("row", "seq", None), self.mesh)
         rope = rotary_tables(positions, self.config.rope, self.config.head_dim)
         run = partial(run_layers, list(self.layers), x, rope, positions)
-        x, kept = run(adapter=adapter, cache=cache, keep_kv=return_cache, remat=remat)
+        x, kept = run(adapter=adapter, cache=cache, keep_kv=return_cache, remat=remat, scan=scan)
         return self.norm(x), kept
 
     def unembed_kernel(self) -> Float[Array, "embed vocab"]:

@@ -108,6 +108,8 @@ class Trainer:
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self._limits = Limits(micro_batch_tokens, micro_batch_rows, max_context, shards)
         self._remat = gradient_checkpointing
+        # On a CPU compiling is what a first step waits for; elsewhere unrolled layers spare a copy of the weights.
+        self._scan = model.mesh.size == 1 and model.mesh.devices.flat[0].platform == "cpu"
         head_bytes = HEAD_BYTES_CPU if jax.default_backend() == "cpu" else HEAD_BYTES_GPU
         self._chunk = max(64, head_bytes * model.mesh.shape["tp"] // (4 * model.config.vocab_size))
         self._waiting: dict[str, list[_Job]] = {}
@@ -233,7 +235,7 @@ class Trainer:
         model, state, ranks = self._model, self._store.state(model_id), self._store.ranks(model_id)
         scalings = (np.float32(ranks.scaling), np.float32(ranks.expert_scaling))
         batch = jax.tree.map(self._to_device, (host.tokens, host.targets, host.loss))
-        static = (model.graphdef, ranks.padded, self._chunk)
+        static = (model.graphdef, ranks.padded, self._chunk, self._scan)
         if forward_only:
             outputs = _forward(*static, model.weights, state.weights, scalings, *batch)
             logprobs, losses = jax.device_get(outputs)
@@ -294,6 +296,7 @@ def _losses(
     adapter: Adapter,
     padded_ranks: tuple[int, int],
     chunk: int,
+    scan: bool,
     remat: bool,
     scalings: tuple[jax.Array, jax.Array],
     tokens: Int[Array, "row seq"],
@@ -303,16 +306,17 @@ def _losses(
     """Logprobs of the targets and each row's loss."""
     view = single_view(adapter, *scalings, *padded_ranks)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model.hidden_states(tokens, positions, adapter=view, remat=remat)
+    hidden, _ = model.hidden_states(tokens, positions, adapter=view, remat=remat, scan=scan)
     logprobs = target_logprobs(hidden, model.unembed_kernel(), targets, adapter.unembed, view.gate, chunk=chunk)
     return logprobs, row_losses(logprobs, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _forward(
     graphdef: Any,
     padded_ranks: tuple[int, int],
     chunk: int,
+    scan: bool,
     weights: Any,
     adapter: Adapter,
     scalings: tuple[jax.Array, jax.Array],
@@ -321,14 +325,15 @@ def _forward(
     batch: LossBatch,
 ) -> tuple[Float[Array, "row seq k"], Float[Array, " row"]]:
     model = nnx.merge(graphdef, weights)
-    return _losses(model, adapter, padded_ranks, chunk, False, scalings, tokens, targets, batch)
+    return _losses(model, adapter, padded_ranks, chunk, scan, False, scalings, tokens, targets, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(7,))
 def _forward_backward(
     graphdef: Any,
     padded_ranks: tuple[int, int],
     chunk: int,
+    scan: bool,
     remat: bool,
     weights: Any,
     adapter: Adapter,
@@ -342,7 +347,7 @@ def _forward_backward(
     model = nnx.merge(graphdef, weights)
 
     def loss(adapter: Adapter) -> tuple[Float[Array, ""], tuple[jax.Array, jax.Array]]:
-        logprobs, per_row = _losses(model, adapter, padded_ranks, chunk, remat, scalings, tokens, targets, batch)
+        logprobs, per_row = _losses(model, adapter, padded_ranks, chunk, scan, remat, scalings, tokens, targets, batch)
         return jnp.sum(per_row), (logprobs, per_row)
 
     grads, (logprobs, per_row) = jax.grad(loss, has_aux=True)(adapter)
