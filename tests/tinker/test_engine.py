@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from pathlib import Path
@@ -334,6 +335,31 @@ def test_a_flood_of_one_tenant_does_not_keep_another_waiting(tmp_path, sqlite_ur
     bench.run(mine)
     assert len(bench.jobs.finished_ids(flood)) <= 8
     bench.run(*flood)
+
+
+def test_training_and_sampling_take_turns(bench, monkeypatch):
+    """Sampling goes between any two micro-batches while it has work, and training goes on beside a flood of samples."""
+    client = Client(bench)
+    bench.run(client.create())
+    turns = []
+
+    def recorded(kind: str, run):
+        def slice():
+            turns.append((kind, bench.worker.sampling))
+            return run()
+
+        return slice
+
+    monkeypatch.setattr(bench.worker, "train_slice", recorded("train", bench.worker.train_slice))
+    monkeypatch.setattr(bench.worker, "sample_slice", recorded("sample", bench.worker.sample_slice))
+    sampler = client.sampler()
+    samples = [client.sample(sampler, PROMPT, params={"max_tokens": 64}) for _ in range(4)]
+    training = [verb() for _ in range(4) for verb in (client.train, client.step)]
+    bench.run(*samples, *training)
+    in_a_row = [pair for pair in itertools.pairwise(turns) if pair == (("train", True), ("train", True))]
+    assert in_a_row == []
+    kinds = [kind for kind, _ in turns]
+    assert "train" in kinds[: len(kinds) - 1 - kinds[::-1].index("sample")]
 
 
 # ---- stable_reinforce ----
