@@ -166,6 +166,7 @@ def main() -> None:
     params = types.SamplingParams(max_tokens=flags.max_tokens, temperature=0.0)
     reply = sampler.sample(types.ModelInput.from_ints(prompt), 1, params).result().sequences[0]
     print("about the sea:", tokenizer.decode(reply.tokens, skip_special_tokens=True))
+    service.close("success").result()
 
 
 if __name__ == "__main__":

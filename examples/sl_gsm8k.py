@@ -97,6 +97,7 @@ def main() -> None:
     params = types.SamplingParams(max_tokens=160, temperature=0.0)
     reply = sampler.sample(prompt, 1, params).result().sequences[0]
     print(test[0]["question"], "→", tokenizer.decode(reply.tokens, skip_special_tokens=True), sep="\n")
+    service.close("success").result()
 
 
 if __name__ == "__main__":
