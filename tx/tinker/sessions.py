@@ -78,13 +78,8 @@ class Sessions:
 
     def model_for_work(self, model_id: str) -> Model:
         """A model that still takes jobs."""
-        with reading(self._db) as db:
-            model = db.get(Model, model_id)
-            session = db.get(Session, model.session_id) if model is not None else None
-        if model is None:
-            raise NotFound("model_id", model_id, "a model of this server")
-        if session is not None:
-            _open(session)
+        model = self.model(model_id)
+        self._require_open(model.session_id)
         return model
 
     def sampler(self, sampler_id: str) -> Sampler:
@@ -97,14 +92,15 @@ class Sessions:
 
     def sampler_for_work(self, sampler_id: str) -> Sampler:
         """A sampler that still takes jobs."""
+        sampler = self.sampler(sampler_id)
+        self._require_open(sampler.session_id)
+        return sampler
+
+    def _require_open(self, session_id: str) -> None:
         with reading(self._db) as db:
-            sampler = db.get(Sampler, sampler_id)
-            session = db.get(Session, sampler.session_id) if sampler is not None else None
-        if sampler is None:
-            raise NotFound("sampling_session_id", sampler_id, "a sampling session of this server")
+            session = db.get(Session, session_id)
         if session is not None:
             _open(session)
-        return sampler
 
     def create_sampler(self, sampler: Sampler) -> Sampler:
         """Store a sampler; a retry (same session and number, same weights) gets the first one."""
