@@ -71,6 +71,7 @@ class Worker:
         train_micro_batch_size: int = 0,
         train_micro_batch_tokens: int = 0,
         sample_max_num_sequences: int = 0,
+        kv_cache_memory: int = 0,
         gradient_checkpointing: bool = False,
         shard_attention_heads: bool = True,
         enforce_eager: bool = False,
