@@ -35,7 +35,7 @@ def detokenize(ids):
 
 
 def make(model, max_slots=8, **options):
-    arguments = {"max_context": CONTEXT, "eos_token_ids": EOS, "detokenize": detokenize} | options
+    arguments = {"max_context": CONTEXT, "kv_blocks": 256, "eos_token_ids": EOS, "detokenize": detokenize} | options
     return Generator(model, max_slots=max_slots, **arguments)
 
 

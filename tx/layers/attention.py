@@ -1,24 +1,27 @@
 """Causal self-attention with grouped heads: the module, and the choice of kernel.
 
-Three forms: inside each row by index (training, prefill from nothing), one new token per row against a cache (decode),
-several new tokens against a cache (prefill in chunks). On GPU in bfloat16 they run through cuDNN, elsewhere as plain
-XLA with softmax in float32. Rows are independent and causal, so padding on the right never reaches a real position.
+Three forms: inside each row by index (training, prefill from nothing), one new token per row against the pool of blocks
+(decode), several new tokens of one row behind what it already has (prefill in pieces). The first runs through cuDNN on
+GPU in bfloat16; everything else is plain XLA with softmax in float32. Rows are independent and causal, so padding on
+the right never reaches a real position.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tx.layers import kv_cache
-from tx.layers.kv_cache import LayerCache
+from tx.layers.kv_cache import BLOCK, Decoding, LayerBlocks, Place
 from tx.layers.lora import LoraLinear, LoraWeights
 from tx.layers.norm import RMSNorm
 from tx.layers.rotary import rotate
@@ -30,6 +33,9 @@ QUERY_BLOCK = 512
 """Longer rows attend in blocks of this many queries, so that scores take O(seq * block), also in the backward pass."""
 
 MASKED = float(jnp.finfo(jnp.float32).min)
+
+PRIOR_PIECE = 8
+"""Blocks of earlier positions that a piece of a prompt attends to at a time."""
 
 Queries = Float[Array, "row seq heads head_dim"]
 Keys = Float[Array, "row length kv_heads head_dim"]
@@ -75,9 +81,10 @@ class Attention(nnx.Module):
         positions: Int[Array, "row seq"],
         lora: dict[str, LoraWeights],
         gate: Float[Array, "gate_rows rank"] | None,
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "row seq embed"], LayerCache]:
-        """The layer's output and its keys and values: the updated cache, or the fresh ones if there was none."""
+        cache: LayerBlocks | None,
+        place: Place | None,
+    ) -> tuple[Float[Array, "row seq embed"], LayerBlocks]:
+        """The layer's output and blocks: the updated pool when decoding, else the fresh keys and values."""
         rows, seq, _ = x.shape
         shape = self.shape
 
@@ -92,22 +99,32 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
-            y = causal_attention(q, *self._spread((k, v)), on_gpu=self._on_gpu)
+            y = causal_attention(q, self._spread(k, 2), self._spread(v, 2), on_gpu=self._on_gpu)
+            kept = kv_cache.in_blocks(k, v)
+        elif isinstance(place, Decoding):
+            kept = kv_cache.write(cache, k[:, 0], v[:, 0], place.target, positions[:, 0])
+            y = decode_attention(q, self._spread_blocks(kept), place, positions, on_gpu=self._on_gpu)
         else:
-            k, v = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
-            y = cached_attention(q, *self._spread((k, v)), positions, on_gpu=self._on_gpu)
-        return self.o_proj(y.reshape(rows, seq, -1), lora.get("o_proj"), gate), (k, v)
+            assert place is not None  # blocks come with what they mean
+            blocks = self._spread_blocks(cache)
+            y = continued_attention(q, self._spread(k, 2), self._spread(v, 2), blocks, place.length)
+            kept = kv_cache.in_blocks(k, v)
+        return self.o_proj(y.reshape(rows, seq, -1), lora.get("o_proj"), gate), kept
 
-    def _spread(self, kv: LayerCache) -> LayerCache:
+    def _spread(self, x: Array, axis: int) -> Array:
         """Where heads are sharded and KV heads are too few for it, repeat them, so that each device has its own."""
         shape = self.shape
         if shape.heads_axis is None or shape.kv_axis is not None:
-            return kv
-        repeats = shape.num_heads // shape.num_kv_heads
-        k, v = (
-            constrain(jnp.repeat(x, repeats, axis=2), ("row", "length", shape.heads_axis, None), self.mesh) for x in kv
+            return x
+        axes = [None] * x.ndim
+        return constrain(
+            jnp.repeat(x, shape.num_heads // shape.num_kv_heads, axis=axis),
+            [*axes[:axis], shape.heads_axis, *axes[axis + 1 :]],
+            self.mesh,
         )
-        return k, v
+
+    def _spread_blocks(self, blocks: LayerBlocks) -> LayerBlocks:
+        return LayerBlocks(self._spread(blocks.k, 1), self._spread(blocks.v, 1))
 
     @property
     def _on_gpu(self) -> bool:
@@ -133,20 +150,96 @@ def causal_attention(q: Queries, k: Keys, v: Keys, *, on_gpu: bool = False) -> Q
     return jnp.concatenate(blocks, axis=1)
 
 
-def cached_attention(
-    q: Queries, k: Keys, v: Keys, positions: Int[Array, "row seq"], *, on_gpu: bool = False
+def decode_attention(
+    q: Queries, blocks: LayerBlocks, place: Decoding, positions: Int[Array, "row 1"], *, on_gpu: bool = False
 ) -> Queries:
-    """A query at position p attends to cache positions 0 … p of its row."""
-    length = k.shape[1]
-    mask = jnp.arange(length)[None, None, :] <= positions[:, :, None]
-    decoding = q.shape[1] == 1
-    if on_gpu:
-        lengths = jnp.minimum(positions[:, 0] + 1, length).astype(jnp.int32)
-        which: dict[str, Array] = {"key_value_seq_lengths": lengths} if decoding else {"mask": mask[:, None]}
-        fused = _cudnn(q, k, v, **which)
-        if fused is not None:
-            return fused
-    return _attend_one(q, k, v, mask) if decoding else _attend(q, k, v, mask)
+    """The one query of each row, at its position, against its own blocks up to that position.
+
+    Each block is met by the query of its owner and gives a partial softmax; partial ones are added up per row. A row
+    without blocks gives zeros. What a row holds, finite or not, reaches no other row.
+    """
+    rows, _, num_heads, head_dim = q.shape
+    kv_heads = blocks.k.shape[1]
+    grouped = q.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
+    owner = jnp.minimum(place.owner, rows - 1)  # a free block reads somebody's query; its sums go nowhere
+    known = jnp.where(place.owner < rows, positions[owner, 0] + 1 - place.start, 0)
+    scores = jnp.einsum("nkgd,nkdo->nkgo", grouped[owner], blocks.k, preferred_element_type=jnp.float32)
+    scores = jnp.where((jnp.arange(BLOCK) < known[:, None])[:, None, None], scores * head_dim**-0.5, MASKED)
+    peak = jax.ops.segment_max(scores.max(axis=-1), place.owner, rows)
+    weights = jnp.exp(scores - peak[owner][..., None])
+    values = jnp.einsum("nkgo,nkod->nkgd", weights.astype(blocks.v.dtype), blocks.v, preferred_element_type=jnp.float32)
+    per_row = _sum_in_order if on_gpu else jax.ops.segment_sum
+    total = per_row(weights.sum(axis=-1), place.owner, rows)
+    out = per_row(values, place.owner, rows) / jnp.maximum(total, 1e-30)[..., None]
+    return out.reshape(rows, 1, num_heads, head_dim).astype(q.dtype)
+
+
+def _sum_in_order(x: Float[Array, "block *inner"], owner: Int[Array, "block"], rows: int) -> Float[Array, "row *inner"]:
+    """``segment_sum`` as a product: a GPU's scattered additions come in any order, and a seed must mean one thing."""
+    mine = owner == jnp.arange(rows)[:, None]
+    flat = x.reshape(x.shape[0], -1)
+    finite = jnp.isfinite(flat)
+    # 0 * inf would carry one row's overflow to all others: take it out, and give it back to its row alone.
+    out = jnp.dot(mine.astype(jnp.float32), jnp.where(finite, flat, 0.0), precision=lax.Precision.HIGHEST)
+    broken = (mine & ~finite.all(axis=-1)).any(axis=-1)
+    return jnp.where(broken[:, None], jnp.nan, out).reshape(rows, *x.shape[1:])
+
+
+def continued_attention(
+    q: Float[Array, "1 seq heads head_dim"],
+    k: Float[Array, "1 seq kv_heads head_dim"],
+    v: Float[Array, "1 seq kv_heads head_dim"],
+    blocks: LayerBlocks,
+    length: Int[Array, ""],
+) -> Float[Array, "1 seq heads head_dim"]:
+    """A piece of a prompt: causal inside it, and behind the first ``length`` positions of the blocks.
+
+    Goes over the blocks a few at a time with a running softmax, so its memory doesn't grow with ``length``, and only
+    as far as there are positions.
+    """
+    _, seq, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q[0].reshape(seq, kv_heads, -1, head_dim)
+
+    def fold(carry: Any, scores: Array, values: Callable[[Array], Array]) -> Any:
+        peak, total, out = carry
+        higher = jnp.maximum(peak, scores.max(axis=-1))
+        weights = jnp.exp(scores - higher[..., None])
+        scale = jnp.exp(peak - higher)
+        return higher, total * scale + weights.sum(axis=-1), out * scale[..., None] + values(weights.astype(v.dtype))
+
+    def earlier(piece: Array, carry: Any) -> Any:
+        # The last piece may start early and meet blocks again: those are masked by their position.
+        at = jnp.minimum(piece * width, blocks.k.shape[0] - width)
+        keys = lax.dynamic_slice_in_dim(blocks.k, at, width)
+        theirs = lax.dynamic_slice_in_dim(blocks.v, at, width)
+        positions = (at + jnp.arange(width))[:, None] * BLOCK + jnp.arange(BLOCK)
+        seen = (positions < length) & (positions >= piece * width * BLOCK)
+        scores = jnp.einsum("qkgd,nkdo->kgqno", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        scores = jnp.where(seen, scores, MASKED).reshape(*scores.shape[:3], -1)
+
+        def values(weights: Array) -> Array:
+            weights = weights.reshape(*weights.shape[:3], width, BLOCK)
+            return jnp.einsum("kgqno,nkod->kgqd", weights, theirs, preferred_element_type=jnp.float32)
+
+        return fold(carry, scores, values)
+
+    width = min(PRIOR_PIECE, blocks.k.shape[0])
+    mask = jnp.arange(seq)[:, None] >= jnp.arange(seq)[None, :]
+    own = jnp.einsum("qkgd,skd->kgqs", grouped, k[0], preferred_element_type=jnp.float32) * head_dim**-0.5
+    start = (
+        jnp.full(own.shape[:3], MASKED),
+        jnp.zeros(own.shape[:3], jnp.float32),
+        jnp.zeros((*own.shape[:3], head_dim), jnp.float32),
+    )
+    carry = fold(
+        start,
+        jnp.where(mask, own, MASKED),
+        lambda weights: jnp.einsum("kgqs,skd->kgqd", weights, v[0], preferred_element_type=jnp.float32),
+    )
+    _, total, out = lax.fori_loop(0, -(-length // (width * BLOCK)), earlier, carry)
+    out = jnp.moveaxis(out / total[..., None], 2, 0)
+    return out.reshape(1, seq, num_heads, head_dim).astype(q.dtype)
 
 
 def _cudnn(q: Queries, k: Keys, v: Keys, **which: Any) -> Queries | None:
@@ -168,18 +261,3 @@ def _attend(q: Queries, k: Keys, v: Keys, mask: Array) -> Queries:
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("rkgqs,rskd->rqkgd", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(rows, seq, num_heads, head_dim).astype(q.dtype)
-
-
-def _attend_one(q: Queries, k: Keys, v: Keys, mask: Array) -> Queries:
-    """``_attend`` for one query per row, as sums of products in the cache's own layout.
-
-    Matrix products would first transpose the whole cache: 0.6 against 1.7 ms for 8 rows of 1024 on a 2-core CPU.
-    """
-    rows, _, num_heads, head_dim = q.shape
-    grouped = q.reshape(rows, 1, k.shape[2], -1, head_dim).astype(jnp.float32)
-    scores = jnp.sum(grouped * k[:, :, :, None].astype(jnp.float32), axis=-1) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, 0, :, None, None], scores, MASKED), axis=1)
-    # Rounded as in _attend, so that decode and training round alike in bfloat16.
-    weights = weights.astype(v.dtype).astype(jnp.float32)
-    out = jnp.sum(weights[..., None] * v[:, :, :, None].astype(jnp.float32), axis=1)
-    return out.reshape(rows, 1, num_heads, head_dim).astype(q.dtype)

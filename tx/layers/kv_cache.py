@@ -1,10 +1,13 @@
-"""The KV cache: one key and one value array per layer, written at explicit positions.
+"""The KV cache: blocks of 64 positions, each of one row, in one pool per layer.
+
+Memory follows the tokens that are there: a row of 100 tokens has two blocks wherever they were free, a row of 5,000 has
+79, and both are in the same pool. A decode step goes over the pool as it lies, block by block, each with the query of
+the row that owns it (``tx.layers.attention``), so nothing is gathered and a step costs what all rows hold together,
+whoever is the longest. Keys lie with positions last and values with ``head_dim`` last: both products of a step then
+run along contiguous memory (0.8 against 2.7 ms per layer for 64 rows of 256 positions on a 2-core CPU).
 
 Arrays are separate per layer so that each is donated and updated in place: stacked ones cost a decode step 1.6 to 3
-times as much. Which row belongs to whom is ``tx.worker.decode_slots``' business, not ours.
-
-Example: rows of lengths 3 and 5 in a cache of length 8 take their next tokens with positions [[3], [5]]; a row without
-a request passes position 8, which is past the end, so its write is dropped.
+times as much. Which block belongs to whom is ``tx.worker.block_table``'s business; here it comes as ``Decoding``.
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tx.layers.sharding import sharding
 
-CACHE_AXES = ("row", "length", "kv_heads", "head_dim")
+BLOCK = 64
+"""Positions per block. Smaller ones waste less at the end of each row, but 32 make a CPU step's attention 1.5 times
+as slow."""
 
-LayerCache = tuple[Float[Array, "row length kv_heads head_dim"], Float[Array, "row length kv_heads head_dim"]]
+KEY_AXES = (None, "kv_heads", "head_dim", None)
+VALUE_AXES = (None, "kv_heads", None, "head_dim")
 
 
 @runtime_checkable
@@ -37,37 +44,119 @@ class CacheShape(Protocol):
 
 
 @jax.tree_util.register_dataclass
-@dataclass
-class KVCache:
-    """Keys (rotated) and values, ``[row, length, kv_heads, head_dim]`` each, one per layer."""
+@dataclass(frozen=True)
+class LayerBlocks:
+    """One layer's blocks. k (rotated): [block, kv_heads, head_dim, BLOCK], v: [block, kv_heads, BLOCK, head_dim]."""
 
-    k: tuple[Any, ...]
-    v: tuple[Any, ...]
+    k: Any
+    v: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVBlocks:
+    """Every layer's blocks; the same numbers mean the same positions in each."""
+
+    layers: tuple[LayerBlocks, ...]
 
     @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self.k[0].shape[0]
-
-    @property
-    def length(self) -> int:
-        """Positions per row."""
-        return self.k[0].shape[1]
+    def num_blocks(self) -> int:
+        """Blocks in the pool, taken or free."""
+        return self.layers[0].k.shape[0]
 
 
-def empty(config: CacheShape, rows: int, length: int, dtype: Any, mesh: Mesh | None = None) -> KVCache:
-    """A cache of zeros, sharded over its mesh."""
-    shape = (rows, length, config.num_kv_heads, config.head_dim)
-    place = None if mesh is None else sharding(CACHE_AXES, shape, mesh)
-    zeros = [jnp.zeros(shape, dtype, device=place) for _ in range(2 * config.num_layers)]
-    return KVCache(k=tuple(zeros[: config.num_layers]), v=tuple(zeros[config.num_layers :]))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoding:
+    """How the rows of a decode step meet the pool; each row brings one new token.
+
+    owner: int [block], the row that a block belongs to, or the number of rows for a free block.
+    start: int [block], the position of the block's first token in its row.
+    target: int [row], the block that the row's new token goes to, or the number of blocks to drop it.
+    """
+
+    owner: Any
+    start: Any
+    target: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Continuing:
+    """One row of several new tokens behind the first ``length`` (int []) positions of the pool, which it only reads."""
+
+    length: Any
+
+
+Place = Decoding | Continuing
+
+
+def block_bytes(config: CacheShape, dtype: Any) -> int:
+    """Bytes of one block in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * BLOCK * jnp.dtype(dtype).itemsize
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks that hold so many positions."""
+    return -(-num_tokens // BLOCK)
+
+
+def empty(config: CacheShape, blocks: int, dtype: Any, mesh: Mesh | None = None) -> KVBlocks:
+    """A pool of zeros, KV heads sharded over its mesh."""
+
+    def zeros(axes: tuple[str | None, ...], *inner: int) -> jax.Array:
+        shape = (blocks, config.num_kv_heads, *inner)
+        return jnp.zeros(shape, dtype, device=None if mesh is None else sharding(axes, shape, mesh))
+
+    head_dim = config.head_dim
+    layers = (
+        LayerBlocks(zeros(KEY_AXES, head_dim, BLOCK), zeros(VALUE_AXES, BLOCK, head_dim))
+        for _ in range(config.num_layers)
+    )
+    return KVBlocks(tuple(layers))
+
+
+def in_blocks(
+    k: Float[Array, "row seq kv_heads head_dim"], v: Float[Array, "row seq kv_heads head_dim"]
+) -> LayerBlocks:
+    """Fresh keys and values as blocks: each row's are consecutive, its last one filled up with zeros."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        rows, seq, kv_heads, head_dim = x.shape
+        x = jnp.pad(x, ((0, 0), (0, -seq % BLOCK), (0, 0), (0, 0)))
+        return x.reshape(rows * num_blocks(seq), BLOCK, kv_heads, head_dim)
+
+    return LayerBlocks(jnp.transpose(cut(k), (0, 2, 3, 1)), jnp.transpose(cut(v), (0, 2, 1, 3)))
 
 
 def write(
-    target: Float[Array, "row length kv_heads head_dim"],
-    fresh: Float[Array, "row seq kv_heads head_dim"],
-    positions: Int[Array, "row seq"],
-) -> Float[Array, "row length kv_heads head_dim"]:
-    """Put each row's fresh keys or values at its positions; positions past the end are dropped."""
-    put = jax.vmap(lambda row, values, where: row.at[where].set(values, mode="drop", unique_indices=False))
-    return put(target, fresh.astype(target.dtype), positions)
+    blocks: LayerBlocks,
+    k: Float[Array, "row kv_heads head_dim"],
+    v: Float[Array, "row kv_heads head_dim"],
+    target: Int[Array, "row"],
+    positions: Int[Array, "row"],
+) -> LayerBlocks:
+    """Put each row's one fresh key and value at its position in its target block."""
+    at = positions % BLOCK
+    return LayerBlocks(
+        blocks.k.at[target, :, :, at].set(k.astype(blocks.k.dtype), mode="drop"),
+        blocks.v.at[target, :, at, :].set(v.astype(blocks.v.dtype), mode="drop"),
+    )
+
+
+def copy_blocks(
+    target: KVBlocks, source: KVBlocks, sources: Int[Array, "copy"], targets: Int[Array, "copy"], count: Int[Array, ""]
+) -> KVBlocks:
+    """``target`` with block ``sources[i]`` of ``source`` at ``targets[i]``, for the first ``count`` copies.
+
+    How many is data, so one program serves a single row, a large group and a move of the whole pool.
+    """
+
+    def one(i: Int[Array, ""], pool: KVBlocks) -> KVBlocks:
+        def put(to: jax.Array, of: jax.Array) -> jax.Array:
+            block = lax.dynamic_slice_in_dim(of, sources[i], 1, axis=0)
+            return lax.dynamic_update_slice_in_dim(to, block.astype(to.dtype), targets[i], axis=0)
+
+        return jax.tree.map(put, pool, source)
+
+    return lax.fori_loop(0, count, one, target)

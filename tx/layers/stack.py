@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tx.layers.attention import Attention, AttentionShape
-from tx.layers.kv_cache import KVCache, LayerCache
+from tx.layers.kv_cache import KVBlocks, LayerBlocks, Place
 from tx.layers.lora import AdapterView, LoraWeights
 from tx.layers.mlp import GatedMlp
 from tx.layers.moe import SparseMlp
@@ -57,10 +57,11 @@ class DecoderLayer(nnx.Module):
         rope: RotaryTables,
         positions: Int[Array, "row seq"],
         lora: LayerLora,
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "row seq embed"], LayerCache]:
+        cache: LayerBlocks | None,
+        place: Place | None,
+    ) -> tuple[Float[Array, "row seq embed"], LayerBlocks]:
         """The residual stream after this layer, and the layer's keys and values."""
-        attended, kv = self.self_attn(self.input_layernorm(x), *rope, positions, lora.sites, lora.gate, cache)
+        attended, kv = self.self_attn(self.input_layernorm(x), *rope, positions, lora.sites, lora.gate, cache, place)
         x = constrain(x + attended, ("row", "seq", None), self.mesh)
         mlp_gate = lora.expert_gate if isinstance(self.mlp, SparseMlp) else lora.gate
         x = x + self.mlp(self.post_attention_layernorm(x), lora.sites, mlp_gate)
@@ -74,12 +75,13 @@ def run_layers(
     positions: Int[Array, "row seq"],
     *,
     adapter: AdapterView | None,
-    cache: KVCache | None,
+    cache: KVBlocks | None,
+    place: Place | None,
     keep_kv: bool,
     remat: bool,
     scan: bool = False,
-) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
-    """All layers in turn; the updated cache, or the fresh one if ``keep_kv``, or None.
+) -> tuple[Float[Array, "row seq embed"], KVBlocks | None]:
+    """All layers in turn; the blocks that the layers return if ``keep_kv`` or a cache is given, or None.
 
     ``remat`` keeps only each layer's input for the backward pass and computes the layer again there. ``scan`` stacks
     the layers if they are all of one kind and no cache is given.
@@ -87,20 +89,18 @@ def run_layers(
     if scan and cache is None and len({_kind(layer, index, adapter) for index, layer in enumerate(layers)}) == 1:
         return _scan_layers(layers, x, rope, positions, adapter=adapter, keep_kv=keep_kv, remat=remat)
     keep_kv = keep_kv or cache is not None
-    kept: list[LayerCache] = []
+    kept: list[LayerBlocks] = []
     for index, layer in enumerate(layers):
         graphdef, weights = nnx.split(layer)
         lora = LayerLora({}, None, None)
         if adapter is not None:
             lora = LayerLora(adapter.adapter.layers[index], adapter.gate, adapter.expert_gate)
-        layer_cache = None if cache is None else (cache.k[index], cache.v[index])
+        layer_cache = None if cache is None else cache.layers[index]
         call = partial(_run_layer, graphdef, keep_kv)
-        x, kv = (jax.checkpoint(call) if remat else call)(weights, x, rope, positions, lora, layer_cache)
+        x, kv = (jax.checkpoint(call) if remat else call)(weights, x, rope, positions, lora, layer_cache, place)
         if kv is not None:
             kept.append(kv)
-    if not keep_kv:
-        return x, None
-    return x, KVCache(k=tuple(kv[0] for kv in kept), v=tuple(kv[1] for kv in kept))
+    return x, KVBlocks(tuple(kept)) if keep_kv else None
 
 
 def _kind(layer: DecoderLayer, index: int, adapter: AdapterView | None) -> Any:
@@ -118,7 +118,7 @@ def _scan_layers(
     adapter: AdapterView | None,
     keep_kv: bool,
     remat: bool,
-) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
+) -> tuple[Float[Array, "row seq embed"], KVBlocks | None]:
     """``run_layers`` over layers of one kind, stacked."""
     graphdef = nnx.graphdef(layers[0])
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -127,12 +127,12 @@ def _scan_layers(
     gates = (None, None) if adapter is None else (adapter.gate, adapter.expert_gate)
 
     def one(x: Any, layer: Any) -> Any:
-        return _run_layer(graphdef, keep_kv, layer[0], x, rope, positions, LayerLora(layer[1], *gates), None)
+        return _run_layer(graphdef, keep_kv, layer[0], x, rope, positions, LayerLora(layer[1], *gates), None, None)
 
     x, kept = jax.lax.scan(jax.checkpoint(one) if remat else one, x, (weights, sites))
     if not keep_kv:
         return x, None
-    return x, KVCache(k=tuple(kept[0]), v=tuple(kept[1]))
+    return x, KVBlocks(tuple(LayerBlocks(k, v) for k, v in zip(kept.k, kept.v, strict=True)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -144,8 +144,9 @@ def _run_layer(
     rope: RotaryTables,
     positions: Int[Array, "row seq"],
     lora: LayerLora,
-    cache: LayerCache | None,
-) -> tuple[Float[Array, "row seq embed"], LayerCache | None]:
+    cache: LayerBlocks | None,
+    place: Place | None,
+) -> tuple[Float[Array, "row seq embed"], LayerBlocks | None]:
     layer: DecoderLayer = nnx.merge(graphdef, weights)
-    x, kv = layer(x, rope, positions, lora, cache)
+    x, kv = layer(x, rope, positions, lora, cache, place)
     return x, kv if keep_kv else None

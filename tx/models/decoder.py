@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tx.layers.attention import AttentionShape
-from tx.layers.kv_cache import KVCache
+from tx.layers.kv_cache import KVBlocks, Place
 from tx.layers.lora import AdapterView, LoraSite
 from tx.layers.mlp import GatedMlp
 from tx.layers.moe import MoeShape, SparseMlp
@@ -105,21 +105,23 @@ class DecoderForCausalLM(nnx.Module):
         positions: Int[Array, "row seq"],
         *,
         adapter: AdapterView | None = None,
-        cache: KVCache | None = None,
+        cache: KVBlocks | None = None,
+        place: Place | None = None,
         return_cache: bool = False,
         remat: bool = False,
         scan: bool = False,
-    ) -> tuple[Float[Array, "row seq embed"], KVCache | None]:
-        """Final hidden states (normed) and, if asked for or given, the KV cache.
+    ) -> tuple[Float[Array, "row seq embed"], KVBlocks | None]:
+        """Final hidden states (normed) and, if asked for or given, keys and values.
 
-        Without a cache, attention is causal inside each row by index, so padding on the right is harmless. With one,
-        fresh keys and values are written at ``positions`` (dropped past the end) and a query sees positions up to its
-        own. ``remat`` trades time for memory in the backward pass, ``scan`` memory for time to compile.
+        Without a cache, attention is causal inside each row by index, so padding on the right is harmless, and fresh
+        keys and values come back as blocks. With one, ``place`` says what it means: decoding rows write their token
+        into the pool, which comes back updated; a continued prompt reads what it has and gives back fresh blocks.
+        ``remat`` trades time for memory in the backward pass, ``scan`` memory for time to compile.
         """
         x = constrain(self.embed_tokens(tokens), ("row", "seq", None), self.mesh)
         rope = rotary_tables(positions, self.config.rope, self.config.head_dim)
         run = partial(run_layers, list(self.layers), x, rope, positions)
-        x, kept = run(adapter=adapter, cache=cache, keep_kv=return_cache, remat=remat, scan=scan)
+        x, kept = run(adapter=adapter, cache=cache, place=place, keep_kv=return_cache, remat=remat, scan=scan)
         return self.norm(x), kept
 
     def unembed_kernel(self) -> Float[Array, "embed vocab"]:

@@ -1,10 +1,11 @@
-"""Host book-keeping of the sampler: whose turn it is, who sits in which decode slot, how large the cache is. No JAX.
+"""Host book-keeping of the sampler: whose turn it is, who decodes, which sizes of batch and pool there are. No JAX.
 
 A *group* is the ``num_samples`` rows of one request, known here by its job id alone. Groups wait in a queue per owner
 (the snapshot they sample from); owners take turns, so that a tenant with a thousand requests delays another by one
-turn and not by a thousand. A group with more rows than there are free slots is seated in parts.
+turn and not by a thousand. A group with more rows than there are free slots is seated in parts. Rows that decode stand
+in the order in which they were seated.
 
-Not here: tokens, arrays, or when a row ends.
+Not here: tokens, arrays, blocks of the KV pool, or when a row ends.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Sizes of the decode batch. Each is one more program to compile per cache length; a step's cost follows the bucket."""
+"""Sizes of the decode batch. Each is one more program to compile per size of pool; a step's cost follows the bucket."""
 
-MIN_CACHE_LENGTH = 256
+MIN_BLOCKS_PER_ROW = 4
 MIN_PREFILL_LENGTH = 32
 
 
@@ -25,10 +26,13 @@ def bucket_rows(rows: int, limit: int) -> int:
     return next((size for size in ROW_BUCKETS if rows <= size < limit), limit)
 
 
-def bucket_cache_length(length: int, limit: int) -> int:
-    """The smallest cache length that holds ``length`` positions: powers of two from 256, capped by the context."""
-    size = MIN_CACHE_LENGTH
-    while size < length:
+def bucket_blocks(blocks: int, rows: int, limit: int) -> int:
+    """The smallest pool for a batch of ``rows`` that holds ``blocks``: 4, 8, 16, … per row, capped by ``limit``.
+
+    Tied to the rows, so that rows of usual lengths need one size of pool per size of batch.
+    """
+    size = MIN_BLOCKS_PER_ROW * rows
+    while size < blocks:
         size *= 2
     return min(size, limit)
 
@@ -47,24 +51,20 @@ def bucket_prefill_length(length: int, limit: int) -> int:
     return min(size, limit)
 
 
-def choose_size(
-    current: tuple[int, int], needed: tuple[int, int], known: Collection[tuple[int, int]]
-) -> tuple[int, int]:
-    """The (rows, length) of the cache for the next slice, from bucketed sizes.
+def choose_pool(current: int, wanted: int, rows: int, known: Collection[tuple[int, int]]) -> int:
+    """The size of the pool for the next slice; ``known`` are the (rows, blocks) that ran before.
 
-    Growth is unconditional. Shrinking pays its copy at once, but a program of a new size costs seconds to compile: a
-    cache shrinks to a size that ran before, or when at least three quarters of it are unused.
+    Growth is unconditional. A program of a new size costs seconds to compile, so a pool that ran with as many rows
+    before stays as it is rather than become one that did not, until three quarters of it would be gone.
     """
-    grown = (max(current[0], needed[0]), max(current[1], needed[1]))
-    if needed[0] * needed[1] * 4 <= grown[0] * grown[1]:
-        return needed
-    smaller = [size for size in known if needed[0] <= size[0] <= grown[0] and needed[1] <= size[1] <= grown[1]]
-    return min([*smaller, grown], key=lambda size: size[0] * size[1])
+    if wanted >= current or wanted * 4 <= current or (rows, wanted) in known:
+        return wanted
+    return current if (rows, current) in known else wanted
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Who sits in a slot: which sample of which group."""
+    """A row that decodes: which sample of which group."""
 
     job_id: int
     sample: int
@@ -75,14 +75,15 @@ class DecodeSlots:
 
     Attributes:
         limit: rows that may decode at once; lowered when the device has no room for more.
-        seats: one entry per row of the decode batch, None where nobody sits.
+        seats: the rows that decode, oldest first.
     """
 
     def __init__(self, max_slots: int) -> None:
         self.limit = max_slots
-        self.seats: list[Seat | None] = []
+        self.seats: list[Seat] = []
         # Owners in the order of their turns. The samples of a group that wait for a slot, by job id.
         self._queues: dict[Hashable, deque[int]] = {}
+        self._owners: dict[int, Hashable] = {}
         self._unseated: dict[int, deque[int]] = {}
 
     # ---- waiting --------------------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ class DecodeSlots:
             self._unseated[job_id] = deque(sorted({*self._unseated[job_id], *samples}))
             return
         self._unseated[job_id] = deque(samples)
+        self._owners[job_id] = owner
         queue = self._queues.setdefault(owner, deque())
         if first:
             queue.appendleft(job_id)
@@ -109,6 +111,10 @@ class DecodeSlots:
         """The group whose turn it is; stays the same until it is seated or cancelled."""
         return next((queue[0] for queue in self._queues.values()), None)
 
+    def num_unseated(self, job_id: int) -> int:
+        """Rows of a group that wait."""
+        return len(self._unseated.get(job_id, ()))
+
     @property
     def num_waiting(self) -> int:
         """Rows that wait for a slot."""
@@ -117,64 +123,39 @@ class DecodeSlots:
     # ---- seats ----------------------------------------------------------------------------------------------------
 
     @property
-    def num_live(self) -> int:
-        """Rows that sit in a slot."""
-        return sum(seat is not None for seat in self.seats)
-
-    @property
     def num_free(self) -> int:
         """Rows that may still be seated."""
-        return max(0, self.limit - self.num_live)
+        return max(0, self.limit - len(self.seats))
 
-    def live(self) -> list[tuple[int, Seat]]:
-        """(slot, seat) of every row that decodes."""
-        return [(slot, seat) for slot, seat in enumerate(self.seats) if seat is not None]
-
-    def resize(self, num_slots: int) -> list[int]:
-        """Change the number of seats to at least the live rows.
-
-        Returns:
-            For each new slot the old slot whose cache it takes over, -1 for none. Rows keep their slots when the batch
-            grows and move together when it shrinks: seats [a, -, b, -] resized to 2 are [a, b] and give [0, 2].
-        """
-        if num_slots >= len(self.seats):
-            sources = list(range(len(self.seats)))
-        else:
-            sources = [slot for slot, _ in self.live()]
-        if len(sources) > num_slots:
-            raise ValueError(f"num_slots: got {num_slots}, accepted: at least the {len(sources)} live rows")
-        sources += [-1] * (num_slots - len(sources))
-        self.seats = [self.seats[old] if old >= 0 else None for old in sources]
-        return sources
-
-    def seat(self, job_id: int) -> list[tuple[int, Seat]]:
-        """Seat as many of a waiting group's rows as there are free seats; then it is the next owner's turn."""
+    def seat(self, job_id: int, most: int) -> list[Seat]:
+        """Seat up to ``most`` of a waiting group's rows while there are seats; then it is the next owner's turn."""
         samples = self._unseated[job_id]
-        empty = [slot for slot, taken in enumerate(self.seats) if taken is None]
-        seated = [(slot, Seat(job_id, samples.popleft())) for slot in empty[: min(len(samples), self.num_free)]]
-        for slot, seat in seated:
-            self.seats[slot] = seat
-        owner = self._owner(job_id)
+        seated = [Seat(job_id, samples.popleft()) for _ in range(min(len(samples), self.num_free, most))]
+        self.seats += seated
+        owner = self._owners[job_id]
         queue = self._queues.pop(owner)
         if not samples:
-            del self._unseated[job_id]
+            del self._unseated[job_id], self._owners[job_id]
             queue.remove(job_id)
         if queue:
             self._queues[owner] = queue
         return seated
 
-    def release(self, slot: int) -> None:
-        """The row in ``slot`` has ended."""
-        self.seats[slot] = None
+    def seats_of(self, job_id: int) -> list[Seat]:
+        """A group's rows that decode."""
+        return [seat for seat in self.seats if seat.job_id == job_id]
 
-    def remove(self, job_id: int) -> None:
-        """Forget a group wherever its rows are; unknown ids are fine."""
-        self.seats = [None if seat is not None and seat.job_id == job_id else seat for seat in self.seats]
+    def release(self, seat: Seat) -> None:
+        """The row has ended."""
+        self.seats.remove(seat)
+
+    def remove(self, job_id: int) -> list[Seat]:
+        """Forget a group wherever its rows are; those of its rows that decoded. Unknown ids are fine."""
+        freed = self.seats_of(job_id)
+        self.seats = [seat for seat in self.seats if seat.job_id != job_id]
         if self._unseated.pop(job_id, None) is not None:
-            owner = self._owner(job_id)
+            owner = self._owners.pop(job_id)
             self._queues[owner].remove(job_id)
             if not self._queues[owner]:
                 del self._queues[owner]
-
-    def _owner(self, job_id: int) -> Hashable:
-        return next(owner for owner, queue in self._queues.items() if job_id in queue)
+        return freed

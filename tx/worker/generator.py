@@ -1,27 +1,28 @@
-"""The sampler: continuous batching over decode slots, a bounded piece of device work per call of ``slice``.
+"""The sampler: continuous batching over a pool of KV blocks, a bounded piece of device work per call of ``slice``.
 
 The life of a request:
 
 1. ``submit`` checks it and lets its group of ``num_samples`` rows wait; owners (snapshots) take turns.
-2. When slots are free, a slice prefills the prompt of the group whose turn it is (``prefill``), once for all its rows,
-   or finds it among the recent ones.
-3. Its rows are seated in free slots: the prompt's keys and values are copied into their rows of the cache.
-4. A decode slice draws up to ``slice_tokens`` tokens for every seated row, whatever their snapshots and parameters, in
-   one device loop, and the host hears of them once.
-5. The host ends rows (``stopping``) and frees their slots; a group whose rows have all ended is reported at once.
+2. When slots and blocks are free, a slice prefills the prompt of the group whose turn it is (``prefill``), once for all
+   its rows, or finds it, or its beginning, among the recent ones.
+3. Its rows are seated: the prompt's blocks are copied into blocks of their own.
+4. A decode slice draws a few tokens for every seated row, whatever their snapshots and parameters, in one device loop,
+   and the host hears of them once.
+5. The host ends rows (``stopping``) and frees their blocks; a group whose rows have all ended is reported at once.
 
-Sampled tokens are a function of weights, prompt, parameters and seed. Neighbours, slots, slices and sizes of cache
-enter only through float32 rounding of the logits (about 1e-6), which moves a draw only if its random number lies within
-that of a boundary between two tokens.
+Sampled tokens are a function of weights, prompt, parameters and seed. Neighbours, slots, slices, shared prefixes and
+sizes of pool enter only through float32 rounding of the logits (about 1e-6), which moves a draw only if its random
+number lies within that of a boundary between two tokens.
 
-The cache grows with the rows and lengths that are live and shrinks when that pays. A failing device call, out of memory
-above all, throws no request away: its rows go back to waiting, their seeds will give the same tokens, and half as many
-are seated next time; only a row that fails alone fails its request.
+The pool grows with the tokens that are live, up to ``kv_blocks``, and shrinks when that pays. When it is full, the row
+seated last goes back to waiting and starts again later; its seed gives the same tokens. So do all rows after a failing
+device call, out of memory above all, with half as many seats; only a row that fails alone fails its request.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 import jax
@@ -30,17 +31,28 @@ import numpy as np
 
 from tx.errors import InvalidInput
 from tx.layers import kv_cache
-from tx.layers.kv_cache import KVCache
+from tx.layers.kv_cache import BLOCK, KVBlocks
 from tx.models.loading import LoadedModel
 from tx.types import Finished, SampleRequest
 from tx.worker import programs
-from tx.worker.decode_slots import DecodeSlots, Seat, bucket_cache_length, bucket_rows, choose_size
+from tx.worker.block_table import BlockTable
+from tx.worker.decode_slots import DecodeSlots, Seat, bucket_blocks, bucket_rows, choose_pool
 from tx.worker.groups import Group, check
-from tx.worker.prefill import Prefill, PrefillSizes
+from tx.worker.memory import PROMPT_SHARE
+from tx.worker.prefill import Prefill, PrefillSizes, copy_to
 from tx.worker.snapshots import LiveAdapters, Snapshot
 from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
+
+SLICE_S = 0.25
+"""What a decode slice should take: whoever arrives meanwhile, a prompt or a training micro-batch, waits for its end."""
+
+_MIN_TOPK = 8
+"""Decoding with the most likely tokens is compiled for powers of two from here."""
+
+_Size = tuple[int, int]
+"""Rows and blocks of a decode program."""
 
 
 class Generator:
@@ -49,9 +61,11 @@ class Generator:
     Args:
         max_slots: rows that decode at once.
         max_context: positions of the longest row, prompt and sampled tokens together.
+        kv_blocks: blocks of keys and values on the device, of rows that decode and of recent prompts; at least enough
+            for one row of ``max_context``.
         eos_token_ids: tokens that end a row unless its request says otherwise.
         detokenize: token ids to text, for stop strings.
-        slice_tokens: tokens per row between two looks of the host.
+        slice_tokens: most tokens per row between two looks of the host.
     """
 
     def __init__(
@@ -60,22 +74,27 @@ class Generator:
         *,
         max_slots: int,
         max_context: int,
+        kv_blocks: int,
         eos_token_ids: Sequence[int],
         detokenize: Detokenize,
         slice_tokens: int = 8,
     ) -> None:
+        prompt_blocks = int(kv_blocks * PROMPT_SHARE)
         self._model = model
         self._max_slots = max_slots
         self._max_context = max_context
+        self._max_blocks = max(kv_blocks - prompt_blocks, kv_cache.num_blocks(max_context))
         self._eos = tuple(eos_token_ids)
         self._detokenize = detokenize
-        self._slice_tokens = slice_tokens
+        self._slice_tokens = min(slice_tokens, BLOCK)
         self._groups: dict[int, Group] = {}
         self._slots = DecodeSlots(max_slots)
-        self._prefill = Prefill(model, max_context, PrefillSizes.of_platform(model.mesh.devices.flat[0].platform))
+        self._table = BlockTable()
+        self._pool: KVBlocks | None = None
+        sizes = PrefillSizes.of_platform(model.mesh.devices.flat[0].platform)
+        self._prefill = Prefill(model, max_context, sizes, prompt_blocks)
         self._adapters = LiveAdapters()
-        self._cache: KVCache | None = None
-        self._known_sizes: set[tuple[int, int]] = set()  # (rows, length) that decode programs exist for
+        self._step_s: dict[_Size, float] = {}  # of the sizes that ran before, what a step takes
         self._finished: list[Finished] = []
         self._decode_next = False
 
@@ -99,8 +118,9 @@ class Generator:
         self._slots.enqueue(job_id, snapshot, range(request.num_samples))
 
     def cancel(self, job_id: int) -> None:
-        """Forget a request and free its slots; unknown ids are fine."""
-        self._slots.remove(job_id)
+        """Forget a request and free its seats and blocks; unknown ids are fine."""
+        for seat in self._slots.remove(job_id):
+            self._table.release(seat)
         self._groups.pop(job_id, None)
 
     @property
@@ -108,11 +128,16 @@ class Generator:
         """Whether a request waits or decodes."""
         return bool(self._groups)
 
+    @property
+    def num_decoding(self) -> int:
+        """Rows that decode."""
+        return len(self._slots.seats)
+
     def slice(self) -> list[Finished]:
-        """Prefill waiting prompts if slots are free, else decode a few tokens for every live row."""
+        """Prefill waiting prompts if slots are free, else decode a few tokens for every seated row."""
         try:
-            admitted = not (self._decode_next and self._slots.num_live) and self._admit()
-            if not admitted and self._slots.num_live:
+            admitted = not (self._decode_next and self._slots.seats) and self._admit()
+            if not admitted and self._slots.seats:
                 self._decode()
             head = self._slots.head()
             # A long prompt takes turns with those that decode; short ones first fill the slots.
@@ -127,15 +152,24 @@ class Generator:
     def _admit(self) -> bool:
         """Seat waiting groups, prefilling them within a slice's budget; whether anything was prefilled."""
         budget, spent = max(self._prefill.sizes.piece, self._prefill.sizes.together), 0
-        while self._slots.num_free and (job_id := self._slots.head()) is not None:
+        while (job_id := self._slots.head()) is not None:
             group = self._groups[job_id]
+            room = self._room_for(group)
+            if room == 0:
+                break
             if self._prefill.ready(group):
-                self._seat(group)
+                self._seat(group, room)
             elif spent >= budget:
                 break
             else:
                 spent += self._run_prefill(group)
         return spent > 0
+
+    def _room_for(self, group: Group) -> int:
+        """How many of a group's rows may be seated now. Everyone who sits may first grow by a block."""
+        free = self._max_blocks - self._table.num_held - len(self._slots.seats)
+        alone = not self._slots.seats  # always fits: a row is no longer than the context
+        return min(self._slots.num_free, max(int(alone), free // kv_cache.num_blocks(len(group.prompt))))
 
     def _run_prefill(self, group: Group) -> int:
         """One prefill program, for the group alone if it fails for several; tokens computed."""
@@ -152,107 +186,144 @@ class Generator:
             self._fail(group, error)
             return self._prefill.sizes.piece
 
-    def _seat(self, group: Group) -> None:
-        slots = self._slots
-        # Room for everyone who waits, so that the cache does not grow once per group.
-        self._fit(min(slots.limit, slots.num_live + slots.num_waiting), len(group.prompt))
-        prompt = self._prefill.cache_of(group)
-        seated = [slot for slot, _ in slots.seat(group.job_id)]
-        if prompt is None:
-            return
-        targets = np.zeros(len(slots.seats), np.int32)
-        targets[: len(seated)] = seated
-        self._cache = programs.insert(self._cache, prompt, jnp.asarray(targets), jnp.int32(len(seated)))
+    def _seat(self, group: Group, room: int) -> None:
+        self._prefill.note_hit(group)
+        prompt, per_row = self._prefill.blocks_of(group), kv_cache.num_blocks(len(group.prompt))
+        seats = self._slots.seat(group.job_id, room)
+        # Room for everyone who waits, so that the pool does not grow once per group.
+        others = min(self._slots.num_free, self._slots.num_waiting)
+        self._size_pool(len(self._slots.seats) + others, self._table.num_held + (len(seats) + others) * per_row)
+        targets: list[int] = []
+        for seat in seats:
+            self._table.extend(seat, per_row)
+            targets += self._table.held(seat)[: len(prompt)]
+        assert self._pool is not None
+        self._pool = copy_to(self._pool, prompt * len(seats), targets)
 
-    def _fit(self, num_rows: int, length: int) -> None:
-        """Give the cache room for ``num_rows`` rows, for ``length`` positions and for every live row's next slice."""
-        live = self._slots.live()
-        if not live:
-            self._cache = None  # nothing to keep: take the size that is needed, be it smaller
-            self._slots.resize(0)
-        length = max([length, *(self._length_needed(seat) for _, seat in live)])
-        needed = (bucket_rows(num_rows, self._max_slots), bucket_cache_length(length, self._max_context))
-        if self._cache is None:
-            config, dtype, mesh = self._model.config, self._model.dtype, self._model.mesh
-            self._cache = kv_cache.empty(config, *needed, dtype, mesh)
-            self._slots.resize(needed[0])
+    def _size_pool(self, rows: int, blocks: int) -> None:
+        """Give the pool a size for so many rows and blocks, which may be more than are in use."""
+        rows = bucket_rows(min(rows, self._slots.limit), self._max_slots)
+        wanted = bucket_blocks(min(blocks, self._max_blocks), rows, self._max_blocks)
+        size = choose_pool(self._table.num_blocks, wanted, rows, self._step_s)
+        if self._pool is not None and size == self._table.num_blocks:
             return
-        current = (self._cache.rows, self._cache.length)
-        chosen = choose_size(current, needed, self._known_sizes)
-        if chosen != current:
-            sources = np.asarray(self._slots.resize(chosen[0]), np.int32)
-            sources[sources < 0] = current[0]  # out of range: zeros
-            self._cache = programs.regroup(self._cache, jnp.asarray(sources), length=chosen[1], mesh=self._model.mesh)
-
-    def _length_needed(self, seat: Seat) -> int:
-        """Positions that a live row's next slice writes to, or its insert has written to."""
-        group = self._groups[seat.job_id]
-        end = len(group.prompt) + group.limit - 1  # the last token of a row is never read
-        return max(len(group.prompt), min(group.position(seat.sample) + self._slice_tokens, end))
+        pool = kv_cache.empty(self._model.config, size, self._model.dtype, self._model.mesh)
+        old, new = self._table.resize(size)
+        if self._pool is not None and len(old):
+            pool = copy_to(pool, [(self._pool, int(block)) for block in old], new.tolist())
+        self._pool = pool
 
     # ---- decode ---------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        self._fit(min(self._slots.limit, self._slots.num_live + self._slots.num_waiting), 1)
-        assert self._cache is not None
-        live = self._slots.live()
-        groups = [self._groups[seat.job_id] for _, seat in live]
-        owners: list[Snapshot | None] = [None] * len(self._slots.seats)
-        for (slot, _), group in zip(live, groups, strict=True):
-            owners[slot] = group.snapshot
-        self._known_sizes.add((self._cache.rows, self._cache.length))
-        self._cache, *drawn = programs.decode_slice(
+        steps = self._make_room()
+        assert self._pool is not None
+        seats = list(self._slots.seats)
+        groups = [self._groups[seat.job_id] for seat in seats]
+        size = (bucket_rows(len(seats), self._max_slots), self._table.num_blocks)
+        owners: list[Snapshot | None] = [group.snapshot for group in groups]
+        owners += [None] * (size[0] - len(owners))
+        most_topk = max(group.request.topk_sample_logprobs for group in groups)
+        num_topk = max(_MIN_TOPK, 1 << (most_topk - 1).bit_length()) if most_topk else 0
+        started = time.perf_counter()
+        self._pool, drawn = programs.decode_slice(
             self._model.graphdef,
             self._model.weights,
-            self._cache,
-            self._rows(),
+            self._pool,
+            self._rows(seats, size),
             self._adapters.view(owners),
-            steps=self._slice_tokens,
-            filtered=any(group.filtered for group in groups),
+            jnp.int32(steps),
+            most_steps=self._slice_tokens,
+            num_topk=min(num_topk, self._model.config.vocab_size),
         )
-        tokens, logprobs, counts = jax.device_get(drawn)  # the slice's one look at the device
-        for (slot, seat), group in zip(live, groups, strict=True):
-            if seat.job_id not in self._groups:
-                continue  # failed a few rows ago
-            count = int(counts[slot])
-            if not np.isfinite(logprobs[slot, :count]).all():
-                self._fail(
-                    group, InvalidInput("model_path", "logits that are not finite", "weights that give finite ones")
-                )
-            elif group.push(seat.sample, tokens[slot, :count].tolist(), logprobs[slot, :count].tolist()):
-                self._slots.release(slot)
-                if group.done:
-                    del self._groups[seat.job_id]
-                    self._finished.append(Finished(seat.job_id, group.result()))
+        drawn = jax.device_get(drawn)  # the slice's one look at the device
+        # The first run of a size compiles; what it took says nothing.
+        self._step_s[size] = (time.perf_counter() - started) / steps if size in self._step_s else 0.0
+        for row, (seat, group) in enumerate(zip(seats, groups, strict=True)):
+            if seat.job_id in self._groups:  # else it failed a few rows ago
+                self._take(seat, group, drawn, row)
 
-    def _rows(self) -> programs.DecodeRows:
-        """What the device must know of each slot."""
-        size = len(self._slots.seats)
+    def _take(self, seat: Seat, group: Group, drawn: programs.Drawn, row: int) -> None:
+        """Hand a row what a slice drew for it, and end it if that ends it."""
+        count = int(drawn.counts[row])
+        logprobs = drawn.logprobs[row, :count]
+        if not np.isfinite(logprobs).all():
+            self._clear([block for held in self._slots.seats_of(seat.job_id) for block in self._table.held(held)])
+            wrong = InvalidInput("model_path", "logits that are not finite", "weights that give finite ones")
+            self._fail(group, wrong)
+            return
+        topk = None
+        if group.request.topk_sample_logprobs:
+            topk = (drawn.topk_ids[row, :count], drawn.topk_logprobs[row, :count])
+        if group.push(seat.sample, drawn.tokens[row, :count].tolist(), logprobs.tolist(), topk):
+            self._slots.release(seat)
+            self._table.release(seat)
+            if group.done:
+                del self._groups[seat.job_id]
+                self._finished.append(Finished(seat.job_id, group.result()))
+
+    def _make_room(self) -> int:
+        """Blocks for every row's next slice, which has so many steps; the youngest rows leave if there are too few."""
+        seats = self._slots.seats
+        steps = self._steps()
+        needed = [kv_cache.num_blocks(self._length_needed(seat, steps)) for seat in seats]
+        while sum(needed) > self._max_blocks:
+            needed.pop()
+            self._send_back(seats[-1])
+        self._size_pool(len(seats), sum(needed))
+        for seat, blocks in zip(seats, needed, strict=True):
+            self._table.extend(seat, max(blocks, len(self._table.held(seat))))
+        return steps
+
+    def _steps(self) -> int:
+        """Steps that take about SLICE_S, all of them while a size is new."""
+        rows = bucket_rows(len(self._slots.seats), self._max_slots)
+        step_s = self._step_s.get((rows, self._table.num_blocks), 0.0)
+        return min(self._slice_tokens, max(1, int(SLICE_S / step_s))) if step_s else self._slice_tokens
+
+    def _length_needed(self, seat: Seat, steps: int) -> int:
+        """Positions of a row that its next slice reads or writes."""
+        group = self._groups[seat.job_id]
+        end = len(group.prompt) + group.limit - 1  # the last token of a row is never read
+        return max(len(group.prompt), min(group.position(seat.sample) + steps, end))
+
+    def _rows(self, seats: Sequence[Seat], size: _Size) -> programs.DecodeRows:
+        """What the device must know of each row and block."""
+        num_rows, num_blocks = size
         rows = programs.DecodeRows(
-            token=np.zeros(size, np.int32),
-            position=np.zeros(size, np.int32),
-            remaining=np.zeros(size, np.int32),
-            temperature=np.ones(size, np.float32),
-            top_k=np.full(size, -1, np.int32),
-            top_p=np.ones(size, np.float32),
-            seed=np.zeros((size, 2), np.uint32),
-            sample=np.zeros(size, np.int32),
-            stop_ids=np.full((size, programs.NUM_STOP_IDS), -1, np.int32),
+            token=np.zeros(num_rows, np.int32),
+            position=np.zeros(num_rows, np.int32),
+            remaining=np.zeros(num_rows, np.int32),
+            temperature=np.ones(num_rows, np.float32),
+            top_k=np.full(num_rows, -1, np.int32),
+            top_p=np.ones(num_rows, np.float32),
+            seed=np.zeros((num_rows, 2), np.uint32),
+            sample=np.zeros(num_rows, np.int32),
+            stop_ids=np.full((num_rows, programs.NUM_STOP_IDS), -1, np.int32),
+            blocks=np.full((num_rows, 2), num_blocks, np.int32),
+            owner=np.full(num_blocks, num_rows, np.int32),
+            start=np.zeros(num_blocks, np.int32),
         )
-        for slot, seat in self._slots.live():
+        vocab_size = self._model.config.vocab_size
+        for row, seat in enumerate(seats):
             group, params = self._groups[seat.job_id], self._groups[seat.job_id].request.params
-            rows.token[slot] = group.last_token(seat.sample)
-            rows.position[slot] = group.position(seat.sample)
-            rows.remaining[slot] = group.limit - len(group.stops[seat.sample].tokens)
-            rows.temperature[slot] = min(params.temperature, float(np.finfo(np.float32).max))
-            rows.top_k[slot] = min(params.top_k, self._model.config.vocab_size)
-            rows.top_p[slot] = params.top_p
-            rows.seed[slot] = group.seed
-            rows.sample[slot] = seat.sample
+            position = group.position(seat.sample)
+            rows.token[row] = group.last_token(seat.sample)
+            rows.position[row] = position
+            rows.remaining[row] = group.limit - len(group.stops[seat.sample].tokens)
+            rows.temperature[row] = min(params.temperature, float(np.finfo(np.float32).max))
+            rows.top_k[row] = min(params.top_k, vocab_size)
+            rows.top_p[row] = params.top_p
+            rows.seed[row] = group.seed
+            rows.sample[row] = seat.sample
             # Ids past int32 or the vocabulary are never drawn.
-            stop_ids = [token for token in group.stop_ids if token < self._model.config.vocab_size]
-            stop_ids = stop_ids[: programs.NUM_STOP_IDS]
-            rows.stop_ids[slot, : len(stop_ids)] = stop_ids
+            stop_ids = [token for token in group.stop_ids if token < vocab_size][: programs.NUM_STOP_IDS]
+            rows.stop_ids[row, : len(stop_ids)] = stop_ids
+            held = np.asarray(self._table.held(seat), np.int32)
+            ahead = held[position // BLOCK : position // BLOCK + 2]
+            rows.blocks[row, : len(ahead)] = ahead
+            rows.owner[held] = row
+            rows.start[held] = BLOCK * np.arange(len(held), dtype=np.int32)
         return jax.tree.map(jnp.asarray, rows)
 
     # ---- failures -------------------------------------------------------------------------------------------------
@@ -261,21 +332,33 @@ class Generator:
         self.cancel(group.job_id)
         self._finished.append(Finished(group.job_id, error=error))
 
+    def _clear(self, blocks: Sequence[int]) -> None:
+        """Make blocks that hold numbers that aren't finite safe for whoever has them next."""
+        assert self._pool is not None
+        size = 1 << (len(blocks) - 1).bit_length()
+        padded = [*blocks, *[self._table.num_blocks] * (size - len(blocks))]
+        self._pool = programs.clear_blocks(self._pool, jnp.asarray(padded, jnp.int32))
+
+    def _send_back(self, seat: Seat) -> None:
+        """Let a row wait again, first of its owner's; its seed will give it the same tokens."""
+        group = self._groups[seat.job_id]
+        group.restart(seat.sample)
+        self._slots.release(seat)
+        self._table.release(seat)
+        self._slots.enqueue(seat.job_id, group.snapshot, [seat.sample], first=True)
+
     def _recover(self, error: Exception) -> None:
-        """Throw the cache away and start the live rows again with half as many slots; fail a row that was alone."""
-        live = self._slots.live()
-        log.error("sampling of %d rows failed: %s", len(live), error, exc_info=error)
-        self._cache = None
+        """Throw the pool away and start the live rows again with half as many slots; fail a row that was alone."""
+        num_live = len(self._slots.seats)
+        log.error("sampling of %d rows failed: %s", num_live, error, exc_info=error)
+        self._pool = None
         self._adapters = LiveAdapters()
         self._prefill.forget()
-        for slot, seat in reversed(live):
-            group = self._groups[seat.job_id]
-            group.restart(seat.sample)
-            self._slots.release(slot)
-            self._slots.enqueue(seat.job_id, group.snapshot, [seat.sample], first=True)
-        self._slots.resize(0)
+        for seat in reversed(list(self._slots.seats)):
+            self._send_back(seat)
+        self._table = BlockTable()
         if self._slots.limit > 1:
-            self._slots.limit = max(1, min(self._slots.limit, len(live)) // 2)
+            self._slots.limit = max(1, min(self._slots.limit, num_live) // 2)
             return
         head = self._slots.head()
         if head is not None:

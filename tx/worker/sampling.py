@@ -46,13 +46,11 @@ def sample(
     temperature: Float[Array, "row"],
     top_k: Int[Array, "row"],
     top_p: Float[Array, "row"],
-    *,
-    filtered: bool,
-) -> tuple[Int[Array, "row"], Float[Array, "row"]]:
-    """Draw the token that stands at ``positions``, with its logprob.
+) -> tuple[Int[Array, "row"], Float[Array, "row"], Float[Array, "row vocab"]]:
+    """Draw the token that stands at ``positions``.
 
-    Args:
-        filtered: static; False leaves top-k and top-p out of the program, when no row of the batch uses them.
+    Returns:
+        the tokens, their logprobs, and the logprobs of the whole vocabulary that these are of.
     """
     greedy = temperature <= 0
     divisor = jnp.where(greedy, 1.0, jnp.maximum(temperature, _SMALLEST_TEMPERATURE))
@@ -60,15 +58,13 @@ def sample(
     scaled = (logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True)) / divisor[:, None]
     weights = jnp.exp(scaled)
     log_total = jnp.log(weights.sum(axis=-1))
-    if filtered:
-        kept = jnp.where(_kept(scaled, weights, top_k, top_p), weights, 0.0)
-    else:
-        kept = weights
+    filters = (~greedy & ((top_k > 0) | (top_p < 1))).any()
+    kept = lax.cond(filters, lambda: jnp.where(_kept(scaled, weights, top_k, top_p), weights, 0.0), lambda: weights)
     uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at), (2,)))(keys, positions)
     drawn = _draw(kept, uniform)
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
     logprobs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_total
-    return tokens, logprobs
+    return tokens, logprobs, scaled - log_total[:, None]
 
 
 def _draw(weights: Float[Array, "row vocab"], uniform: Float[Array, "row 2"]) -> Int[Array, "row"]:
@@ -100,7 +96,7 @@ def _kept(
     top_k: Int[Array, "row"],
     top_p: Float[Array, "row"],
 ) -> Bool[Array, "row vocab"]:
-    """Which tokens survive top-k and then top-p; each search runs only if some row asks for it."""
+    """Which tokens survive top-k and then top-p; each search runs only if some row asks for it, and so does this."""
     order = _order(scaled)
     floor = jnp.zeros(top_k.shape, jnp.uint32)
 

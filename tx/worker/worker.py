@@ -19,7 +19,10 @@ from tokenizers import Tokenizer
 
 from tx import types
 from tx.errors import InvalidInput, NotFound, StartupError
+from tx.layers import kv_cache
+from tx.layers.kv_cache import BLOCK
 from tx.models.loading import LoadedModel, load_model
+from tx.worker import memory
 from tx.worker.adapters import AdapterStore
 from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
@@ -30,9 +33,12 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-CPU_DECODE_SLOTS = 16
-"""Decoding on CPU is compute-bound past about 16 rows: more slots add latency, not tokens per second."""
+CPU_DECODE_SLOTS = 64
+"""A CPU's matrix products gain until about 64 rows; more add latency, hardly tokens per second."""
 GPU_DECODE_SLOTS = 256
+
+MIN_KV_BLOCKS = 8
+"""Fewer can't hold two short rows and their prompts."""
 
 CPU_MICRO_BATCH_TOKENS = 512
 GPU_MICRO_BATCH_TOKENS = 8192
@@ -50,6 +56,7 @@ class Worker:
         dtype: "float32", "bfloat16" or "auto" (float32 on CPU, bfloat16 elsewhere).
         train_micro_batch_tokens: padded tokens of one training micro-batch, 0 chooses.
         sample_max_num_sequences: decode slots, 0 chooses.
+        kv_cache_memory: bytes per device for keys and values, 0 for a share of what the weights leave.
         progress: called with (bytes read, bytes in all) while weights load.
 
     Raises:
@@ -110,13 +117,33 @@ class Worker:
             max_context=self.card.max_context,
         )
         self.decode_slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
+        kv_blocks = self._kv_blocks(kv_cache_memory, self.decode_slots)
         self._generator = Generator(
             self._model,
             max_slots=self.decode_slots,
-            max_context=self.card.max_context,
+            max_context=min(self.card.max_context, kv_blocks * BLOCK),
+            kv_blocks=kv_blocks,
             eos_token_ids=config.eos_token_ids,
             detokenize=_detokenizer(model_folder),
         )
+
+    def _kv_blocks(self, asked_bytes: int, slots: int) -> int:
+        """Blocks of keys and values that each device has room for, no more than ``slots`` rows can ever fill."""
+        config, mesh = self._model.config, self._model.mesh
+        parts = mesh.shape["tp"] if config.num_kv_heads % mesh.shape["tp"] == 0 else 1
+        each = kv_cache.block_bytes(config, self._model.dtype) // parts
+        room = memory.kv_bytes(mesh.devices.flat[0], asked_bytes)
+        if room < MIN_KV_BLOCKS * each:
+            raise StartupError(
+                f"--kv-cache-memory: {room} bytes are too few for keys and values, accepted: at least "
+                f"{MIN_KV_BLOCKS * each} ({MIN_KV_BLOCKS * BLOCK} tokens)"
+            )
+        useful = int(slots * kv_cache.num_blocks(self.card.max_context) / (1 - memory.PROMPT_SHARE)) + 1
+        blocks = min(room // each, useful)
+        log.info("KV cache: up to %d tokens, %.1f GB per device", blocks * BLOCK, blocks * each / 1e9)
+        if blocks * BLOCK < self.card.max_context:
+            log.warning("sampling stops at %d tokens of context: --kv-cache-memory", blocks * BLOCK)
+        return blocks
 
     # ---- models -----------------------------------------------------------------------------------------------
 
