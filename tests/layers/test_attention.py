@@ -1,13 +1,16 @@
-"""Attention kernels against a plain float64 softmax: blocks, one query, chunks against a cache, gradients."""
+"""Attention kernels against a plain float64 softmax: blocks of queries, decode, pieces of a prompt, gradients."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tx.layers import attention
+from tx.layers import attention, kv_cache
+from tx.layers.kv_cache import BLOCK, Decoding, LayerBlocks
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 2, 8
 
@@ -46,24 +49,84 @@ def test_blocks_have_the_same_gradient(monkeypatch):
         assert np.max(np.abs(one - other)) <= 1e-5
 
 
-@pytest.mark.parametrize("seq", [1, 3])
-def test_against_a_cache(seq):
-    """A query sees the cache up to its own position; what lies after is noise."""
-    q, k, v = _draw(seq, HEADS, 0), _draw(16, KV_HEADS, 1), _draw(16, KV_HEADS, 2)
-    positions = np.array([[4], [11]]) + np.arange(seq)
-    got = attention.cached_attention(q, k, v, jnp.asarray(positions))
-    assert np.max(np.abs(got - _reference(q, k, v, positions))) <= 1e-5
+LENGTHS = (70, 3, 130)
+"""Positions that three rows know, the query's own included: 2, 1 and 3 blocks of 64."""
 
 
-def test_a_row_without_a_request_stays_finite():
-    q, k, v = _draw(1, HEADS, 0), jnp.zeros((ROWS, 4, KV_HEADS, HEAD_DIM)), jnp.zeros((ROWS, 4, KV_HEADS, HEAD_DIM))
-    assert np.isfinite(attention.cached_attention(q, k, v, jnp.full((ROWS, 1), 4))).all()
+def _pool(seed: int, fill: float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray], LayerBlocks, Decoding]:
+    """Keys and values per row, and the same in shuffled blocks among free ones; rubbish where nobody looks."""
+    rng = np.random.default_rng(seed)
+    keys, values = ([rng.normal(size=(n, KV_HEADS, HEAD_DIM)).astype(np.float32) for n in LENGTHS] for _ in range(2))
+    owner, start = np.full(8, 3), np.zeros(8, int)
+    pool = [np.full((8, KV_HEADS, HEAD_DIM, BLOCK), fill, np.float32), np.full((8, KV_HEADS, BLOCK, HEAD_DIM), fill)]
+    numbers = iter(rng.permutation(8))
+    for row, length in enumerate(LENGTHS):
+        for at in range(0, length, BLOCK):
+            block, part = next(numbers), slice(at, at + BLOCK)
+            owner[block], start[block] = row, at
+            size = len(keys[row][part])
+            pool[0][block, :, :, :size] = keys[row][part].transpose(1, 2, 0)
+            pool[1][block, :, :size] = values[row][part].transpose(1, 0, 2)
+    blocks = LayerBlocks(jnp.asarray(pool[0]), jnp.asarray(pool[1], jnp.float32))
+    return keys, values, blocks, Decoding(jnp.asarray(owner), jnp.asarray(start), jnp.zeros(3, jnp.int32))
 
 
-def test_one_query_rounds_like_many_in_bfloat16():
+def _queries(rows: int, seed: int = 5) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, 1, HEADS, HEAD_DIM)), jnp.float32)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["sums by segment", "sums as a product"])
+def test_decode_against_blocks(on_gpu):
+    """Each row sees its own blocks, wherever they are, up to its position; a fourth row has none and stays finite."""
+    keys, values, blocks, place = _pool(1, fill=3.0)
+    place = replace(place, owner=jnp.where(place.owner == 3, 4, place.owner))
+    q = _queries(4)
+    positions = jnp.asarray([*(length - 1 for length in LENGTHS), 0])[:, None]
+    got = attention.decode_attention(q, blocks, place, positions, on_gpu=on_gpu)
+    for row, length in enumerate(LENGTHS):
+        expected = _reference(q[row : row + 1], keys[row][None], values[row][None], [[length - 1]])
+        assert np.max(np.abs(got[row] - expected[0])) <= 1e-5
+    assert not got[3].any()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["sums by segment", "sums as a product"])
+def test_c10_a_row_that_overflows_reaches_no_other(on_gpu):
+    _, _, blocks, place = _pool(1)
+    q = _queries(3)
+    positions = jnp.asarray([length - 1 for length in LENGTHS])[:, None]
+    clean = attention.decode_attention(q, blocks, place, positions, on_gpu=on_gpu)
+    mine = (place.owner == 0)[:, None, None, None]
+    for broken in (
+        LayerBlocks(jnp.where(mine, jnp.nan, blocks.k), blocks.v),
+        LayerBlocks(blocks.k, blocks.v + jnp.where(mine, jnp.inf, 0.0)),
+    ):
+        got = attention.decode_attention(q, broken, place, positions, on_gpu=on_gpu)
+        assert not np.isfinite(got[0]).any()
+        assert (got[1:] == clean[1:]).all()
+
+
+@pytest.mark.parametrize("width", [8, 2], ids=["in one piece", "in pieces that overlap"])
+@pytest.mark.parametrize("length", [0, 64, 192, 320])
+def test_a_piece_of_a_prompt_behind_earlier_blocks(monkeypatch, length, width):
+    monkeypatch.setattr(attention, "PRIOR_PIECE", width)
+    seq, room = 10, 5 * BLOCK
+    q, k, v = _draw(seq, HEADS, 0)[:1], _draw(length + seq, KV_HEADS, 1)[:1], _draw(length + seq, KV_HEADS, 2)[:1]
+    earlier = [jnp.pad(x[:, :length], ((0, 0), (0, room - length), (0, 0), (0, 0)), constant_values=7) for x in (k, v)]
+    got = attention.continued_attention(
+        q, k[:, length:], v[:, length:], kv_cache.in_blocks(*earlier), jnp.int32(length)
+    )
+    expected = _reference(q, k, v, length + np.arange(seq)[None])
+    assert np.max(np.abs(got - expected)) <= 1e-5
+
+
+def test_decode_rounds_like_prefill_in_bfloat16():
     """Decode and training differ by the order of sums alone, not by what is rounded."""
-    q, k, v = (x.astype(jnp.bfloat16) for x in (_draw(1, HEADS, 0), _draw(16, KV_HEADS, 1), _draw(16, KV_HEADS, 2)))
-    mask = jnp.ones((ROWS, 1, 16), bool)
-    one = np.asarray(attention._attend_one(q, k, v, mask), np.float32)
-    many = np.asarray(attention._attend(q, k, v, mask), np.float32)
-    assert np.max(np.abs(one - many)) <= 2**-7 * np.max(np.abs(many))
+    keys, values, blocks, place = _pool(1)
+    blocks = jax.tree.map(lambda x: x.astype(jnp.bfloat16), blocks)
+    q = _queries(3).astype(jnp.bfloat16)
+    positions = jnp.asarray([length - 1 for length in LENGTHS])[:, None]
+    got = np.asarray(attention.decode_attention(q, blocks, place, positions), np.float32)
+    for row, length in enumerate(LENGTHS):
+        k, v = (jnp.asarray(x[row][None], jnp.bfloat16) for x in (keys, values))
+        many = np.asarray(attention._attend(q[row : row + 1], k, v, jnp.ones((1, 1, length), bool)), np.float32)
+        assert np.max(np.abs(got[row] - many[0])) <= 2**-7 * np.max(np.abs(many))

@@ -1,4 +1,4 @@
-"""Cache arithmetic: writes at positions, dropped writes, insertion into slots, resizing."""
+"""Block arithmetic: fresh keys cut into blocks, writes at positions, dropped writes, copies between pools."""
 
 from __future__ import annotations
 
@@ -9,28 +9,61 @@ import jax.numpy as jnp
 import numpy as np
 
 from tx.layers import kv_cache
+from tx.layers.kv_cache import BLOCK, KVBlocks, LayerBlocks
 from tx.worker.mesh import make_mesh
 
-CONFIG = SimpleNamespace(num_layers=2, num_kv_heads=1, head_dim=2)
+CONFIG = SimpleNamespace(num_layers=2, num_kv_heads=3, head_dim=2)
 
 
-def _filled(rows: int, length: int, start: float = 1.0) -> kv_cache.KVCache:
-    cache = kv_cache.empty(CONFIG, rows, length, jnp.float32, make_mesh())
-    return jax.tree.map(lambda x: start + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), cache)
+def _filled(blocks: int, start: float = 1.0) -> KVBlocks:
+    pool = kv_cache.empty(CONFIG, blocks, jnp.float32, make_mesh())
+    return jax.tree.map(lambda x: start + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), pool)
 
 
 def test_empty():
-    cache = kv_cache.empty(CONFIG, 3, 5, jnp.bfloat16, make_mesh())
-    assert (cache.rows, cache.length, len(cache.k), len(cache.v)) == (3, 5, 2, 2)
-    assert cache.v[1].shape == (3, 5, 1, 2)
-    assert cache.v[1].dtype == jnp.bfloat16
-    assert not np.any(np.asarray(cache.k[0], np.float32))
+    pool = kv_cache.empty(CONFIG, 5, jnp.bfloat16, make_mesh())
+    assert (pool.num_blocks, len(pool.layers)) == (5, 2)
+    assert pool.layers[1].k.shape == (5, 3, 2, BLOCK)
+    assert pool.layers[1].v.shape == (5, 3, BLOCK, 2)
+    assert pool.layers[1].v.dtype == jnp.bfloat16
+    assert not np.any(np.asarray(pool.layers[0].k, np.float32))
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * kv_cache.block_bytes(CONFIG, jnp.bfloat16)
 
 
-def test_write_puts_each_row_at_its_positions_and_drops_past_the_end():
-    target = jnp.zeros((3, 4, 1, 2))
-    fresh = jnp.arange(1.0, 13).reshape(3, 2, 1, 2)
-    got = np.asarray(kv_cache.write(target, fresh, jnp.array([[0, 1], [2, 3], [3, 4]])))
-    expected = np.zeros((3, 4, 1, 2))
-    expected[0, [0, 1]], expected[1, [2, 3]], expected[2, 3] = fresh[0], fresh[1], fresh[2, 0]
-    assert np.array_equal(got, expected)
+def test_num_blocks():
+    assert [kv_cache.num_blocks(tokens) for tokens in (0, 1, BLOCK, BLOCK + 1)] == [0, 1, 1, 2]
+
+
+def test_in_blocks_keeps_rows_together_and_fills_up_with_zeros():
+    k = jnp.arange(1.0, 2 * 100 * 3 * 2 + 1).reshape(2, 100, 3, 2)
+    blocks = kv_cache.in_blocks(k, -k)
+    assert blocks.k.shape == (4, 3, 2, BLOCK)
+    for row in range(2):
+        for position in range(100):
+            block, at = 2 * row + position // BLOCK, position % BLOCK
+            assert (blocks.k[block, :, :, at] == k[row, position]).all()
+            assert (blocks.v[block, :, at] == -k[row, position]).all()
+    assert not blocks.k[1, :, :, 100 - BLOCK :].any()
+    assert not blocks.v[3, :, 100 - BLOCK :].any()
+
+
+def test_write_puts_each_row_at_its_position_in_its_block():
+    pool = _filled(4).layers[0]
+    k = jnp.arange(18.0).reshape(3, 3, 2)
+    # Position 70 is the 7th of its block; the last row is dropped.
+    after = kv_cache.write(pool, k, -k, jnp.array([3, 1, 4]), jnp.array([5, 70, 0]))
+    expected = jax.tree.map(np.array, pool)
+    expected.k[3, :, :, 5], expected.k[1, :, :, 6] = k[0], k[1]
+    expected.v[3, :, 5], expected.v[1, :, 6] = -k[0], -k[1]
+    assert isinstance(after, LayerBlocks)
+    assert (after.k == expected.k).all()
+    assert (after.v == expected.v).all()
+
+
+def test_copy_blocks_copies_the_first_ones_of_the_list():
+    pool, source = _filled(4), _filled(3, start=1000.0)
+    after = kv_cache.copy_blocks(pool, source, jnp.array([2, 0, 1]), jnp.array([0, 3, 1]), jnp.int32(2))
+    for old, new, of in zip(*map(jax.tree.leaves, (pool, after, source)), strict=True):
+        assert (new[0] == of[2]).all()
+        assert (new[3] == of[0]).all()
+        assert (new[1:3] == old[1:3]).all()

@@ -26,26 +26,56 @@ def model(request, tmp_path_factory):
 
 
 @partial(jax.jit, static_argnums=0)
-def _cached(graphdef, weights, tokens, positions, cache, adapter):
-    return nnx.merge(graphdef, weights).hidden_states(tokens, positions, cache=cache, adapter=adapter)
+def _cached(graphdef, weights, tokens, positions, cache, place, adapter):
+    return nnx.merge(graphdef, weights).hidden_states(tokens, positions, cache=cache, place=place, adapter=adapter)
 
 
-def test_cache_in_chunks_and_token_by_token_equals_one_pass(model):
-    adapter, positions = run.view(run.seeded_adapter(model)), run.positions(TOKENS)
-    whole, fresh = nnx.merge(model.graphdef, model.weights).hidden_states(
-        TOKENS, positions, adapter=adapter, return_cache=True
+def _whole(model, adapter):
+    return nnx.merge(model.graphdef, model.weights).hidden_states(
+        TOKENS, run.positions(TOKENS), adapter=adapter, return_cache=True
     )
-    cache = kv_cache.empty(model.config, 2, 32, jnp.float32, model.mesh)
-    parts = []
-    for start, stop in ((0, 8), (8, 16), (16, 17), (17, 18), (18, 19), (19, 20)):
-        part, cache = _cached(
-            model.graphdef, model.weights, TOKENS[:, start:stop], positions[:, start:stop], cache, adapter
-        )
+
+
+def test_token_by_token_equals_one_pass(model):
+    """Two rows decode from their first token, their one block each in the other order."""
+    adapter, positions = run.view(run.seeded_adapter(model)), run.positions(TOKENS)
+    whole, fresh = _whole(model, adapter)
+    pool, parts = kv_cache.empty(model.config, 3, jnp.float32, model.mesh), []
+    for step in range(20):
+        place = kv_cache.Decoding(jnp.array([1, 2, 0]), jnp.zeros(3, jnp.int32), jnp.array([2, 0]))
+        now = slice(step, step + 1)
+        part, pool = _cached(model.graphdef, model.weights, TOKENS[:, now], positions[:, now], pool, place, adapter)
         parts.append(part)
     assert np.max(np.abs(jnp.concatenate(parts, axis=1) - whole)) <= 1e-4
-    for kept, new in zip(cache.k + cache.v, fresh.k + fresh.v, strict=True):
-        assert np.max(np.abs(kept[:, :20] - new)) <= 1e-4
-        assert not np.any(kept[:, 20:])
+    for kept, new in zip(pool.layers, fresh.layers, strict=True):
+        for mine, theirs in ((2, 0), (0, 1)):
+            assert np.max(np.abs(kept.k[mine, ..., :20] - new.k[theirs, ..., :20])) <= 1e-4
+            assert np.max(np.abs(kept.v[mine, :, :20] - new.v[theirs, :, :20])) <= 1e-4
+        assert not np.any(kept.k[1])  # nobody's
+        assert not np.any(kept.v[2, :, 20:])
+
+
+def test_a_prompt_in_pieces_equals_one_pass(model):
+    """64 + 64 + 22 positions, each piece behind the blocks of those before it."""
+    adapter = run.view(run.seeded_adapter(model))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, specs.VOCAB, (1, 150)))
+    whole, fresh = nnx.merge(model.graphdef, model.weights).hidden_states(
+        tokens, run.positions(tokens), adapter=adapter, return_cache=True
+    )
+    earlier, parts = kv_cache.empty(model.config, 4, jnp.float32, model.mesh), []
+    for number, start in enumerate((0, 64, 128)):
+        piece = tokens[:, start : start + 64]
+        positions = start + run.positions(piece)
+        part, blocks = _cached(
+            model.graphdef, model.weights, piece, positions, earlier, kv_cache.Continuing(jnp.int32(start)), adapter
+        )
+        parts.append(part)
+        zero, here = jnp.array([0]), jnp.array([number])
+        earlier = kv_cache.copy_blocks(earlier, blocks, zero, here, jnp.int32(1))
+    assert np.max(np.abs(jnp.concatenate(parts, axis=1) - whole)) <= 1e-4
+    for kept, new in zip(earlier.layers, fresh.layers, strict=True):
+        assert np.max(np.abs(kept.k[:3] - new.k)) <= 1e-4
+        assert np.max(np.abs(kept.v[:3] - new.v)) <= 1e-4
 
 
 def test_c13_right_padding_changes_nothing(model):

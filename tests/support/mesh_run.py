@@ -27,7 +27,9 @@ ROWS, SEQ, NEW = 4, 24, 6
 @partial(jax.jit, static_argnums=0)
 def _step(graphdef, weights, tokens, positions, cache, adapter):
     model = nnx.merge(graphdef, weights)
-    hidden, cache = model.hidden_states(tokens, positions, cache=cache, adapter=adapter)
+    rows = jnp.arange(ROWS)
+    place = None if cache is None else kv_cache.Decoding(rows, jnp.zeros(ROWS, jnp.int32), rows)  # a block per row
+    hidden, cache = model.hidden_states(tokens, positions, cache=cache, place=place, adapter=adapter, return_cache=True)
     scores = logprobs.next_logits(hidden[:, -1], model.unembed_kernel(), adapter.adapter.unembed, adapter.gate)
     return jnp.argmax(scores, axis=-1), cache
 
@@ -35,8 +37,8 @@ def _step(graphdef, weights, tokens, positions, cache, adapter):
 def greedy(model: LoadedModel, tokens: np.ndarray) -> list[list[int]]:
     """NEW greedy tokens per row, prompt and decode steps through a KV cache."""
     adapter = run.view(run.seeded_adapter(model))
-    cache = kv_cache.empty(model.config, ROWS, SEQ + NEW, jnp.float32, model.mesh)
-    token, cache = _step(model.graphdef, model.weights, tokens, run.positions(tokens), cache, adapter)
+    assert kv_cache.num_blocks(SEQ + NEW) == 1
+    token, cache = _step(model.graphdef, model.weights, tokens, run.positions(tokens), None, adapter)
     found = [np.asarray(token)]
     for step in range(NEW - 1):
         where = np.full((ROWS, 1), SEQ + step)

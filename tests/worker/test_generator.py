@@ -312,10 +312,10 @@ def test_running_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeyp
     """The device refuses more than two rows: every request still gets the tokens that it gets alone."""
     real = programs.decode_slice
 
-    def small_device(graphdef, weights, cache, *args, **kwargs):
-        if cache.rows > 2:
+    def small_device(graphdef, weights, pool, rows, *args, **kwargs):
+        if (rows.remaining > 0).sum() > 2:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return real(graphdef, weights, cache, *args, **kwargs)
+        return real(graphdef, weights, pool, rows, *args, **kwargs)
 
     requests = {job: (request_of(prompt_of(9, job), 3, max_tokens=10, seed=job), None) for job in range(3)}
     expected = {job: alone(model, request) for job, (request, _) in requests.items()}
@@ -331,10 +331,10 @@ def test_running_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeyp
 def test_c10_a_request_that_fails_alone_fails_alone(model, monkeypatch):
     real = programs.decode_slice
 
-    def broken(graphdef, weights, cache, rows, *args, **kwargs):
+    def broken(graphdef, weights, pool, rows, *args, **kwargs):
         if (np.asarray(rows.top_k) == 13).any():
             raise RuntimeError("INTERNAL: no such row")
-        return real(graphdef, weights, cache, rows, *args, **kwargs)
+        return real(graphdef, weights, pool, rows, *args, **kwargs)
 
     monkeypatch.setattr(programs, "decode_slice", broken)
     jobs = {job: (request_of(prompt_of(9, job), max_tokens=10, top_k=13 if job == 2 else -1), None) for job in range(5)}
