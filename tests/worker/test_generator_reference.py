@@ -52,10 +52,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def snapshots(model):
-    """Ranks 8, 3 and 1, the last without attention and unembedding; and None, the base model."""
+    """None, the base model; ranks 8, 3 and 1, the last of one site only.
+
+    Strong enough to change what is sampled, and not so strong that float32 loses digits: with three times the scale,
+    two correct programs differ by 2e-4 in a logprob.
+    """
     store = SnapshotStore(model, max_resident=8)
     for index, rank in enumerate((8, 3, 1)):
-        state = random_state(model.config, rank, index)
+        state = random_state(model.config, rank, index, scale=0.1)
         if rank == 1:
             state.weights = {name: array for name, array in state.weights.items() if "gate_proj" in name}
         store.load(f"snapshot-{index}", state)
@@ -200,13 +204,8 @@ def slices_to_fill(generator, max_slots):
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "max_slots"),
-    [
-        pytest.param(40, 4, id="40 requests"),
-        pytest.param(200, 16, id="200 requests", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "max_slots"), [(40, 4), (200, 16)], ids=["40 requests", "200 requests"])
 def test_random_traffic_equals_the_reference_decoder(model, snapshots, reference, count, max_slots):
     rng = np.random.default_rng(count)
     generator = make(model, max_slots=max_slots, **OPTIONS)
@@ -226,10 +225,11 @@ def test_random_traffic_equals_the_reference_decoder(model, snapshots, reference
     assert ties <= tokens / 1000
 
 
+@pytest.mark.slow
 def test_c14_company_slots_and_restarts_change_nothing(model, snapshots, reference):
     """Each is compared with the reference and not with another run: then all are equal, ties within rounding apart."""
     rng = np.random.default_rng(5)
-    jobs = random_jobs(rng, 16, snapshots)
+    jobs = random_jobs(rng, 12, snapshots)
     jobs = [with_stops(rng, job, drive(make(model, max_slots=4, **OPTIONS), [job], rng)[0]) for job in jobs]
     for job in jobs:  # alone
         check(reference, [job], drive(make(model, max_slots=4, **OPTIONS), [job], rng))
@@ -259,7 +259,7 @@ def check_drained(reference, generator, jobs):
 # ---- the reference itself -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", [0, 1, 3], ids=["base", "rank 8", "rank 1"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["base", "rank 8", "rank 3", "rank 1"])
 def test_a_draft_changes_nothing(reference, snapshots, which):
     """One forward per token, one per draft, and one per stretch of a wrong draft sample the same row."""
     rng = np.random.default_rng(which)
@@ -267,6 +267,8 @@ def test_a_draft_changes_nothing(reference, snapshots, which):
     request = SampleRequest(rng.integers(0, VOCAB, 30).astype(np.int32), 2, params)
     plain = reference.row(request, snapshots[which], 1)
     assert len(plain.tokens) == 25
+    others = [snapshot for snapshot in snapshots if snapshot is not snapshots[which]]
+    assert all(reference.row(request, other, 1).tokens != plain.tokens for other in others)
     wrong = list(plain.tokens)
     wrong[7] = (wrong[7] + 100) % VOCAB
     for draft in (plain.tokens, wrong, [*plain.tokens, 5, 5], rng.integers(0, VOCAB, 25)):
