@@ -79,12 +79,12 @@ def random_jobs(rng, count, snapshots):
     headers = [rng.integers(0, VOCAB, length) for length in (33, 64, 90)]
     prompts: list[np.ndarray] = []
     for _ in range(count):
-        kind, length = rng.random(), int(rng.choice([1, 2, rng.integers(1, 100), rng.integers(1, 100)]))
-        if kind < 0.2 and prompts:
-            prompts.append(prompts[rng.integers(len(prompts))])
-        elif kind < 0.5:
+        kind, length = rng.random(), int(rng.choice([rng.integers(1, 4), *rng.integers(1, 100, 4)]))
+        if kind < 0.3 and prompts:
+            prompts.append(prompts[-rng.integers(1, 1 + min(6, len(prompts)))])
+        elif kind < 0.55:
             prompts.append(np.concatenate([headers[rng.integers(3)], rng.integers(0, VOCAB, 1 + length // 8)]))
-        elif kind < 0.55:  # close to the end of the context
+        elif kind < 0.6:  # close to the end of the context
             prompts.append(rng.integers(0, VOCAB, CONTEXT - int(rng.integers(1, 30))))
         else:
             prompts.append(rng.integers(0, VOCAB, length))
