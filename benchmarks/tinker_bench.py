@@ -8,72 +8,24 @@ training run would see them. Compare servers in one session on one machine, alte
 """
 
 import argparse
-import json
 import math
-import os
-import random
 import statistics
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TINKER_API_KEY", "tml-local")
-os.environ.setdefault("TINKER_TELEMETRY", "0")
-
-import tinker
+from bench_client import BenchClient, add_flags, quantile, run_phases
 from tinker import types
 
 
-def quantile(values: list[float], q: float) -> float:
-    """The q-quantile, by rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def settled(value: Any) -> Any:
-    """Newer SDKs return futures from the client factories, older ones the client itself."""
-    return value.result() if hasattr(value, "result") else value
-
-
-class Bench:
-    """One training client and a stream of problems; each public method is a phase."""
-
-    def __init__(self, flags: argparse.Namespace) -> None:
-        self.flags = flags
-        rows = [json.loads(line) for line in Path(flags.data).read_text(encoding="utf-8").splitlines()]
-        random.Random(flags.seed).shuffle(rows)
-        self.rows = iter(rows)
-        self.service = tinker.ServiceClient(base_url=flags.base_url)
-        started = time.monotonic()
-        self.training = self.create_client()
-        self.create_s = time.monotonic() - started
-        if flags.tokenizer is None:
-            self.tokenizer = self.training.get_tokenizer()
-        else:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer)
-
-    def create_client(self) -> Any:
-        return settled(self.service.create_lora_training_client(base_model=self.flags.model, rank=self.flags.rank))
+class Bench(BenchClient):
+    """Each public method without arguments is a phase."""
 
     def create(self) -> dict[str, Any]:
         """Time from asking for a training client to having one."""
         return {"create_s": round(self.create_s, 2)}
 
     # ---- supervised -------------------------------------------------------------------------------------------
-
-    def sl_datum(self) -> types.Datum:
-        row = next(self.rows)
-        prompt = self.tokenizer.encode(f"Question: {row['question']}\nAnswer: ")
-        answer = self.tokenizer.encode(row["answer"] + "\n")
-        tokens = prompt + answer
-        weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
-        return types.Datum(
-            model_input=types.ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
-        )
 
     def sl_step(self) -> tuple[int, float, float]:
         """(tokens, seconds, loss per weighted token) of one forward_backward and optim_step."""
@@ -105,34 +57,6 @@ class Bench:
         }
 
     # ---- sampling ---------------------------------------------------------------------------------------------
-
-    def prompt(self) -> list[int]:
-        return self.tokenizer.encode(f"Question: {next(self.rows)['question']}\nAnswer: ")
-
-    def sampler(self) -> tuple[Any, float]:
-        started = time.monotonic()
-        client = settled(self.training.save_weights_and_get_sampling_client())
-        return client, time.monotonic() - started
-
-    def sample_round(self, sampler: Any, prompts: list[list[int]], group: int, max_tokens: int) -> dict[str, Any]:
-        """All prompts at once; replies, sampled tokens, seconds and each request's latency."""
-        params = types.SamplingParams(max_tokens=max_tokens, temperature=1.0, stop=self.flags.stop)
-        started = time.monotonic()
-        futures = [
-            sampler.sample(prompt=types.ModelInput.from_ints(prompt), num_samples=group, sampling_params=params)
-            for prompt in prompts
-        ]
-        replies, latency = [], []
-        for future in futures:
-            replies.append(future.result())
-            latency.append(time.monotonic() - started)
-        num_tokens = sum(len(sequence.tokens) for reply in replies for sequence in reply.sequences)
-        return {
-            "replies": replies,
-            "num_tokens": num_tokens,
-            "seconds": time.monotonic() - started,
-            "latency": latency,
-        }
 
     def sample(self) -> dict[str, Any]:
         """Groups of replies per prompt."""
@@ -243,26 +167,15 @@ class Bench:
 def main() -> None:
     """Parse the flags, run the phases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base-url", default="http://localhost:8000")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="an id that the server lists")
-    parser.add_argument("--tokenizer", default=None, help="folder or hub id; by default the one that the server names")
-    parser.add_argument("--data", required=True, help="GSM8K's train.jsonl")
-    parser.add_argument("--phases", default="create,sl,sample,rl,mixed")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8, help="problems per training step")
+    add_flags(parser, "create,sl,sample,rl,mixed")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=4, help="replies per prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--stop", type=lambda text: [int(part) for part in text.split(",")], default=None)
-    parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     bench = Bench(flags)
-    for phase in flags.phases.split(","):
-        started = time.monotonic()
-        result = getattr(bench, phase)()
-        print(json.dumps({"phase": phase, "wall_s": round(time.monotonic() - started, 1), **result}), flush=True)
+    run_phases(flags.phases, lambda phase: getattr(bench, phase))
 
 
 if __name__ == "__main__":

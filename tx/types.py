@@ -60,6 +60,12 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     stop_on_eos: bool = True
 
+    @property
+    def seed_words(self) -> tuple[int, int]:
+        """The seed, of either sign, as two 32-bit words, high first."""
+        seed = self.seed % 2**64
+        return seed >> 32, seed % 2**32
+
 
 @dataclass(frozen=True)
 class Span:
@@ -106,8 +112,27 @@ class ForwardBackwardResult:
 
 
 @dataclass(frozen=True)
+class Cells:
+    """A matrix with one row per prompt token after the first, and the layout that it travels in.
+
+    values: [P-1, K]. csr: (crow, col), both int64, of a sparse matrix; the answer to one has the same two. None: dense.
+    """
+
+    values: np.ndarray
+    csr: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
 class SampleRequest:
-    """A decoded ``asample`` request. prompt: int32 [P]."""
+    """A decoded ``asample`` request.
+
+    Attributes:
+        prompt: int32 [P].
+        prompt_logprobs_last_n: how many of the prompt's last tokens ``prompt_logprobs`` and ``topk_prompt_logprobs``
+            cover; 0 is all.
+        target_prompt_logprobs: int64 ids to score, row i in place of prompt token i + 1; -1 asks for nothing.
+        prompt_alt_tokens_k: tokens to draw, with replacement, in place of every prompt token after the first.
+    """
 
     prompt: np.ndarray
     num_samples: int
@@ -115,20 +140,46 @@ class SampleRequest:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     record_stability_info: bool = False
-
-
-@dataclass(frozen=True)
-class SampledSequence:
-    """tokens: int32 [S], logprobs: float32 [S] (of the tempered distribution); stop_reason: "stop" or "length"."""
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    stop_reason: str
+    prompt_logprobs_last_n: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Cells | None = None
+    prompt_alt_tokens_k: int = 0
 
 
 @dataclass(frozen=True)
 class TopkLogprobs:
-    """The k most likely tokens per position. token_ids int32 [P, k], logprobs float32 [P, k]; row 0 is absent."""
+    """The k most likely tokens per position (N = P or S), best first. token_ids int32 [N, k], logprobs float32 [N, k].
+
+    A position without any, such as the first of a prompt, has ``ABSENT_LOGPROB`` throughout.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+ABSENT_LOGPROB = -99999.0
+"""The protocol's mark of a top-k cell without a value."""
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """tokens: int32 [S], logprobs: float32 [S] (of the tempered distribution); stop_reason: "stop" or "length".
+
+    ``topk``: of the same distribution as ``logprobs``, so before top-k and top-p.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stop_reason: str
+    topk: TopkLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptAltTokens:
+    """Row i: draws in place of prompt token i + 1 at the request's temperature, and their logprobs at temperature 1.
+
+    token_ids int64 [P-1, k], logprobs float32 [P-1, k].
+    """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -136,12 +187,17 @@ class TopkLogprobs:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """``prompt_logprobs``: float32 [P], NaN at 0 (nothing precedes the first token)."""
+    """``prompt_logprobs``: float32 [P], NaN where not scored: at 0, which nothing precedes, and before the last n.
+
+    ``target_prompt_logprobs``: float32, 0.0 where nothing was asked for. What concerns prompts is at temperature 1.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: np.ndarray | None = None
     topk_prompt_logprobs: TopkLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: Cells | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None
 
 
 @dataclass

@@ -81,6 +81,10 @@ def test_every_flag_has_one_line_of_help_and_a_variable(capsys):
         (["--train-micro-batch-size", "-1"], {}, "--train-micro-batch-size"),
         (["--dtype", "int8"], {}, "--dtype"),
         (["--base"], {}, "--base"),
+        (["--kv-cache-memory", "8 apples"], {}, "--kv-cache-memory"),
+        (["--kv-cache-memory", "-1"], {}, "--kv-cache-memory"),
+        ([], {"TX_KV_CACHE_MEMORY": "iB"}, "TX_KV_CACHE_MEMORY"),
+        (["--max-queued-samples", "0"], {}, "--max-queued-samples"),
         ([], {"TX_DTYPE": "int8"}, "TX_DTYPE"),
         ([], {"TX_ENFORCE_EAGER": "perhaps"}, "TX_ENFORCE_EAGER"),
         (["stray"], {}, "stray"),
@@ -111,6 +115,10 @@ def test_engine_argv_gives_the_same_configuration():
             "/x",
             "--train-micro-batch-tokens",
             "512",
+            "--kv-cache-memory",
+            "1.5GiB",
+            "--max-queued-samples",
+            "7",
             "--database-url",
             "postgresql://u:secret@h/d",
         ]
@@ -118,6 +126,26 @@ def test_engine_argv_gives_the_same_configuration():
     again = parse_args(config.to_argv(), "engine", config.to_environ())
     assert again == config
     assert "secret" not in " ".join(config.to_argv()), "ps shows command lines"
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("0", 0),
+        ("123456", 123456),
+        ("8GiB", 8 * 2**30),
+        ("8gi", 8 * 2**30),
+        ("500 MB", 500_000_000),
+        ("1.5g", 1_500_000_000),
+        ("64KiB", 65536),
+        ("2T", 2 * 10**12),
+        ("10B", 10),
+    ],
+)
+def test_memory_is_bytes_or_has_a_unit(text, num_bytes):
+    assert parse("--kv-cache-memory", text).kv_cache_memory == num_bytes
+    assert parse(TX_KV_CACHE_MEMORY=text).kv_cache_memory == num_bytes
+    assert parse().kv_cache_memory == 0
 
 
 def test_names_of_the_base_model(tmp_path, monkeypatch):

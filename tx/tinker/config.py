@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tx.errors import StartupError
 
@@ -25,6 +26,22 @@ _POSITIVE = {"ge": 1}
 _COUNT = {"ge": 0}
 _FALSE = {"0", "false", "no", "off"}
 _TRUE = {"1", "true", "yes", "on"}
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _bytes(value: Any) -> Any:
+    """An amount of memory as people write it: 8GiB, 512 MB, 1.5g, or plain bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("It should be a number of bytes, or one with a unit such as 8GiB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
 def _flag(default: Any, help: str, **limits: Any) -> Any:
@@ -57,6 +74,12 @@ class TxConfig(BaseModel):
     train_micro_batch_size: int = _flag(0, "most rows in a training micro-batch (0: only the token budget)", **_COUNT)
     train_micro_batch_tokens: int = _flag(0, "most tokens in a training micro-batch (0: by device)", **_COUNT)
     sample_max_num_sequences: int = _flag(0, "most sequences decoded at the same time (0: by device)", **_COUNT)
+    kv_cache_memory: Bytes = _flag(
+        0, "memory for keys and values of the sampler: bytes, or with a unit as in 8GiB (0: by device)", **_COUNT
+    )
+    max_queued_samples: int = _flag(
+        16384, "most sequences that may wait or decode; beyond it samples are told to come back later", **_POSITIVE
+    )
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass to save memory")
     shard_attention_heads: bool = _flag(True, "split attention heads over the tensor-parallel devices")
     enforce_eager: bool = _flag(False, "run without compiling, for debugging (slow)")

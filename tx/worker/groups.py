@@ -11,15 +11,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from tx.errors import InvalidInput
-from tx.types import SampledSequence, SampleRequest, SampleResult, SamplingParams, TopkLogprobs
+from tx.types import ABSENT_LOGPROB, SampledSequence, SampleRequest, SampleResult, SamplingParams, TopkLogprobs
+from tx.worker import scoring
 from tx.worker.snapshots import Snapshot
 from tx.worker.stopping import Detokenize, RowStop
 
 MAX_NUM_SAMPLES = 4096
 """A request's rows are host objects even while they wait; this bounds what one request can allocate."""
 
-ABSENT_LOGPROB = -99999.0
-"""The protocol's mark of a top-k cell without a value: nothing precedes the first prompt token."""
+MAX_SAMPLE_TOPK = 1024
+"""Of ``topk_sample_logprobs``: the decode loop keeps that many cells per row and step of a slice."""
+
+MAX_SAMPLE_CELLS = 2**24
+"""Top-k cells of all of a request's samples at their longest: bounds a reply to about 200 MB."""
+
+Topk = tuple[np.ndarray, np.ndarray]
+"""Of n tokens: int [n, k] ids and float [n, k] logprobs, best first."""
 
 
 def check(request: SampleRequest, vocab_size: int, max_context: int) -> None:
@@ -39,9 +46,20 @@ def check(request: SampleRequest, vocab_size: int, max_context: int) -> None:
         raise InvalidInput("prompt", f"token id {prompt[at]} at position {at}", f"0 to {vocab_size - 1}")
     if not 1 <= request.num_samples <= MAX_NUM_SAMPLES:
         raise InvalidInput("num_samples", request.num_samples, f"1 to {MAX_NUM_SAMPLES}")
-    if not 0 <= request.topk_prompt_logprobs <= vocab_size:
-        raise InvalidInput("topk_prompt_logprobs", request.topk_prompt_logprobs, f"0 to {vocab_size}")
     _check_params(params)
+    scoring.check(request, vocab_size)
+    num_tokens = request.num_samples * _limit(request, max_context)
+    most = min(MAX_SAMPLE_TOPK, vocab_size, MAX_SAMPLE_CELLS // num_tokens)
+    if not 0 <= request.topk_sample_logprobs <= most:
+        raise InvalidInput(
+            "topk_sample_logprobs", request.topk_sample_logprobs, f"0 to {most} for up to {num_tokens} sampled tokens"
+        )
+
+
+def _limit(request: SampleRequest, max_context: int) -> int:
+    """Tokens that a row may have: max_tokens, cut to what the context leaves."""
+    left = max_context - len(request.prompt)
+    return min(request.params.max_tokens or left, left)
 
 
 def _check_params(params: SamplingParams) -> None:
@@ -66,12 +84,12 @@ class Group:
     """A request under way.
 
     Attributes:
-        limit: tokens that a row may have: max_tokens, cut to what the context leaves.
+        limit: tokens that a row may have.
         stops: each row's end, with its tokens so far.
         logprobs: each row's logprobs so far.
-        prompt_logprobs: float32 [P], NaN until scored; None unless asked for. topk likewise.
-        scored: prompt positions whose successors have been scored, from the left.
-        computed: whether the prompt was prefilled on this request's behalf, and not found among the recent ones.
+        topk: each row's top-k cells so far, a pair of arrays per ``push``; empty unless asked for.
+        scoring: what the request wants to know of its prompt, None if nothing.
+        cached_tokens: prompt tokens whose keys and values were found, and not computed for this request.
     """
 
     def __init__(
@@ -84,26 +102,27 @@ class Group:
         eos_token_ids: Sequence[int],
         detokenize: Detokenize,
     ) -> None:
-        params, size = request.params, len(request.prompt)
+        params = request.params
         self.job_id = job_id
         self.request = request
         self.snapshot = snapshot
         self.prompt = np.asarray(request.prompt, np.int32)
-        self.limit = min(params.max_tokens or max_context, max_context - size)
+        self.limit = _limit(request, max_context)
         self.stop_ids = (*params.stop_token_ids, *(eos_token_ids if params.stop_on_eos else ()))
         self.filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
-        seed = params.seed % 2**64
-        self.seed = (seed >> 32, seed % 2**32)
-        self.computed = False
+        self.seed = params.seed_words
+        self.cached_tokens = 0
         self._detokenize = detokenize
         self.stops = [self._row() for _ in range(request.num_samples)]
         self.logprobs: list[list[float]] = [[] for _ in range(request.num_samples)]
+        self.topk: list[list[Topk]] = [[] for _ in range(request.num_samples)]
+        self.scoring = scoring.wanted(request)
+        # What the present prefill writes to; it goes when prefill uses ``scoring``.
         self.wants_scores = request.prompt_logprobs or request.topk_prompt_logprobs > 0
         self.scored = 0
-        self.prompt_logprobs = np.full(size, np.nan, np.float32)
-        num_topk = request.topk_prompt_logprobs
-        self.topk_ids = np.zeros((size, num_topk), np.int32)
-        self.topk_logprobs = np.full((size, num_topk), ABSENT_LOGPROB, np.float32)
+        self.prompt_logprobs = np.full(len(self.prompt), np.nan, np.float32)
+        self.topk_ids = np.zeros((len(self.prompt), request.topk_prompt_logprobs), np.int32)
+        self.topk_logprobs = np.full(self.topk_ids.shape, ABSENT_LOGPROB, np.float32)
 
     def _row(self) -> RowStop:
         return RowStop(self.stop_ids, self.request.params.stop_strings, self.limit, self._detokenize)
@@ -117,16 +136,26 @@ class Group:
         tokens = self.stops[sample].tokens
         return tokens[-1] if tokens else int(self.prompt[-1])
 
-    def push(self, sample: int, tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
-        """Take what a slice drew for a row; whether the row has ended."""
-        kept = self.stops[sample].push(tokens)
+    def push(self, sample: int, tokens: Sequence[int], logprobs: Sequence[float], topk: Topk | None = None) -> bool:
+        """Take what a slice drew for a row; whether the row has ended.
+
+        Args:
+            topk: the best tokens beside each drawn one, at least as many as the request asks for; needed if it does.
+        """
+        kept, width = self.stops[sample].push(tokens), self.request.topk_sample_logprobs
         self.logprobs[sample] += logprobs[:kept]
+        if width:
+            if topk is None:
+                raise ValueError("the request asks for the top-k of its tokens, and none have come")
+            # A copy: a view would keep the whole slice's cells alive for as long as the request.
+            self.topk[sample].append((topk[0][:kept, :width].copy(), topk[1][:kept, :width].copy()))
         return self.stops[sample].reason is not None
 
     def restart(self, sample: int) -> None:
         """Forget a row's tokens: it will be sampled again, and its seed gives the same ones."""
         self.stops[sample] = self._row()
         self.logprobs[sample] = []
+        self.topk[sample] = []
 
     @property
     def done(self) -> bool:
@@ -137,14 +166,26 @@ class Group:
         """The finished request's answer."""
         sequences = [
             SampledSequence(
-                np.asarray(stop.tokens, np.int32), np.asarray(logprobs, np.float32), stop.reason or "length"
+                np.asarray(stop.tokens, np.int32),
+                np.asarray(logprobs, np.float32),
+                stop.reason or "length",
+                self._topk(topk),
             )
-            for stop, logprobs in zip(self.stops, self.logprobs, strict=True)
+            for stop, logprobs, topk in zip(self.stops, self.logprobs, self.topk, strict=True)
         ]
+        result = SampleResult(sequences, prompt_cache_hit_tokens=self.cached_tokens)
+        if self.scoring is None:
+            return result
+        if self.scoring.done:
+            return self.scoring.add_to(result)
         topk = TopkLogprobs(self.topk_ids, self.topk_logprobs) if self.request.topk_prompt_logprobs else None
-        return SampleResult(
-            sequences,
-            self.prompt_logprobs if self.request.prompt_logprobs else None,
-            topk,
-            prompt_cache_hit_tokens=0 if self.computed else len(self.prompt) - 1,
+        logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
+        return SampleResult(sequences, logprobs, topk)
+
+    def _topk(self, parts: Sequence[Topk]) -> TopkLogprobs | None:
+        if not self.request.topk_sample_logprobs:
+            return None
+        return TopkLogprobs(
+            np.concatenate([ids for ids, _ in parts]).astype(np.int32, copy=False),
+            np.concatenate([logprobs for _, logprobs in parts]).astype(np.float32, copy=False),
         )

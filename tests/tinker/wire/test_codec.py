@@ -226,10 +226,56 @@ def full_sample() -> types.SampleResult:
     )
 
 
+def extras(csr=None) -> types.SampleResult:
+    """A prompt of three tokens with everything that can be asked of one, and two sequences with their best tokens."""
+    topk = types.TopkLogprobs(
+        np.array([[1, 2, 3], [4, 5, 6]], np.int32), np.array([[-0.1, -2, -3], [-0.2, -4, -np.inf]], np.float32)
+    )
+    logprobs, tokens = np.array([-0.5, -1], np.float32), np.array([7, 8], np.int32)
+    return types.SampleResult(
+        [
+            types.SampledSequence(tokens, logprobs, "stop", topk),
+            types.SampledSequence(tokens, logprobs, "length", topk),
+        ],
+        prompt_logprobs=np.array([np.nan, np.nan, -0.5], np.float32),
+        topk_prompt_logprobs=types.TopkLogprobs(
+            np.array([[0], [0], [5]], np.int32), np.array([[-99999], [-99999], [-0.5]], np.float32)
+        ),
+        prompt_cache_hit_tokens=2,
+        target_prompt_logprobs=types.Cells(np.array([[0, 0, -3], [-4, 0, 0]], np.float32), csr),
+        prompt_alt_tokens=types.PromptAltTokens(
+            np.array([[11, 12], [13, 14]]), np.array([[-1, -2], [-3, -4]], np.float32)
+        ),
+    )
+
+
+CSR = (np.array([0, 1, 3]), np.array([2, 0, 1]))
+"""Two listed cells with a logprob and one that asked for nothing."""
+
+
+def test_extras_as_json():
+    body = codec.to_json(codec.encode_sample(extras()), codec.SAMPLE_RESPONSE)
+    best = [[(1, np.float32(-0.1)), (2, -2.0), (3, -3.0)], [(4, np.float32(-0.2)), (5, -4.0)]]
+    assert [sequence["topk_sampled_logprobs"] for sequence in body["sequences"]] == [best, best]
+    assert body["prompt_logprobs"] == [None, None, -0.5]
+    assert body["topk_prompt_logprobs"] == [None, None, [(5, -0.5)]]
+    assert body["target_prompt_logprobs"] == {"data": [0, 0, -3, -4, 0, 0], "dtype": "float32", "shape": [2, 3]}
+    assert body["prompt_alt_tokens"] == {
+        "tokens": {"data": [11, 12, 13, 14], "dtype": "int64", "shape": [2, 2]},
+        "logprobs": {"data": [-1, -2, -3, -4], "dtype": "float32", "shape": [2, 2]},
+    }
+    sparse = codec.to_json(codec.encode_sample(extras(CSR)), codec.SAMPLE_RESPONSE)["target_prompt_logprobs"]
+    assert sparse == {
+        "data": [-3, -4, 0], "dtype": "float32", "shape": [2, 3],
+        "sparse_crow_indices": [0, 1, 3], "sparse_col_indices": [2, 0, 1],
+    }  # fmt: skip
+    orjson.dumps(body)
+
+
 def test_prompt_logprobs_as_json_have_null_first():
     body = codec.to_json(codec.encode_sample(full_sample()), codec.SAMPLE_RESPONSE)
     assert body["prompt_logprobs"] == [None, -0.25, -0.5]
-    assert body["topk_prompt_logprobs"] == [None, [(3, -0.25), (4, -2.0)], [(5, -0.5), (0, -99999.0)]]
+    assert body["topk_prompt_logprobs"] == [None, [(3, -0.25), (4, -2.0)], [(5, -0.5)]]
 
 
 def test_ragged_targets_take_one_record_per_shape():
@@ -284,8 +330,38 @@ def test_asample_decodes():
 
 def test_asample_of_the_oldest_client_takes_the_defaults():
     body = orjson.dumps({"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 3}})
-    assert codec.decode_sample(body).params == types.SamplingParams(max_tokens=3)
-    assert codec.decode_sample(body).num_samples == 1
+    request = codec.decode_sample(body)
+    prompt = np.array([1], np.int32)
+    assert request == types.SampleRequest(request.prompt, 1, types.SamplingParams(max_tokens=3))
+    np.testing.assert_array_equal(request.prompt, prompt)
+
+
+def test_extras_of_asample_decode():
+    wishes = {"topk_sample_logprobs": 3, "prompt_alt_tokens_k": 4, "prompt_logprobs_last_n": 1}
+    request = codec.decode_sample(sample_body(**wishes))
+    assert (request.topk_sample_logprobs, request.prompt_alt_tokens_k, request.prompt_logprobs_last_n) == (3, 4, 1)
+    assert request.target_prompt_logprobs is None
+
+
+def test_targets_of_asample_keep_their_layout():
+    dense = {"data": [5, -1, -1, 6], "dtype": "int64", "shape": [2, 2]}
+    cells = codec.decode_sample(sample_body(target_prompt_logprobs=dense)).target_prompt_logprobs
+    assert (cells.values.dtype, cells.values.tolist(), cells.csr) == (np.int64, [[5, -1], [-1, 6]], None)
+    sparse = {
+        "data": [5, -1, 0], "dtype": "int64", "shape": [2, 3],
+        "sparse_crow_indices": [0, 1, 3], "sparse_col_indices": [2, 0, 1],
+    }  # fmt: skip
+    cells = codec.decode_sample(sample_body(target_prompt_logprobs=sparse)).target_prompt_logprobs
+    assert cells.values.tolist() == [[-1, -1, 5], [-1, 0, -1]]  # unlisted is unset, a listed 0 is token 0
+    assert [indices.tolist() for indices in cells.csr] == [[0, 1, 3], [2, 0, 1]]
+
+
+def sparse_target(**changes):
+    good = {
+        "data": [5, 6], "dtype": "int64", "shape": [2, 3], "sparse_crow_indices": [0, 2, 2],
+        "sparse_col_indices": [0, 1],
+    }  # fmt: skip
+    return {"target_prompt_logprobs": good | changes}
 
 
 @pytest.mark.parametrize(
@@ -306,10 +382,18 @@ def test_forms_of_stop(stop, expected):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"topk_sample_logprobs": 3}, "topk_sample_logprobs"),
-        ({"prompt_alt_tokens_k": 1}, "prompt_alt_tokens_k"),
-        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs"),
+        ({"topk_sample_logprobs": "three"}, "topk_sample_logprobs"),
+        ({"prompt_alt_tokens_k": True}, "prompt_alt_tokens_k"),
+        ({"prompt_logprobs_last_n": 0}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs_last_n": -3}, "prompt_logprobs_last_n"),
+        ({"target_prompt_logprobs": [[5]]}, "target_prompt_logprobs"),
+        ({"target_prompt_logprobs": {"data": [1.0], "dtype": "float32"}}, "target_prompt_logprobs.dtype"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [2]}}, "target_prompt_logprobs.shape"),
+        (sparse_target(sparse_col_indices=[1, 0]), "target_prompt_logprobs.col_indices"),
+        (sparse_target(sparse_col_indices=[1, 1]), "target_prompt_logprobs.col_indices"),
+        (sparse_target(sparse_col_indices=None), "target_prompt_logprobs.col_indices"),
+        (sparse_target(sparse_crow_indices=[0, 2]), "target_prompt_logprobs.crow_indices"),
+        (sparse_target(shape=None), "target_prompt_logprobs.shape"),
         ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "prompt.chunks.type"),
         ({"prompt": {"chunks": [{"tokens": [1.5]}]}}, "prompt.chunks.tokens"),
         ({"prompt": {"chunks": [{"tokens": [2**40]}]}}, "prompt.chunks.tokens"),
@@ -365,3 +449,54 @@ def test_the_sdk_reads_our_results(sdk):
     assert sample.sequences[0].stop_reason == "stop"
     assert sample.sequences[0].tokens == [7]
     assert sample.prompt_logprobs == [None, -0.25, -0.5]
+
+
+@pytest.mark.parametrize("csr", [None, CSR], ids=["dense", "sparse"])
+def test_the_sdk_reads_our_extras(sdk, csr):
+    conv = importlib.import_module("tinker.proto.response_conv")
+    sample = conv.deserialize_sample_response(codec.encode_sample(extras(csr)))
+    for sequence in sample.sequences:
+        assert [[id for id, _ in row] for row in sequence.topk_logprobs] == [[1, 2, 3], [4, 5]]
+        np.testing.assert_array_equal(sequence.topk_logprobs_np.logprobs[0], np.array([-0.1, -2, -3], np.float32))
+    assert sample.prompt_logprobs == [None, None, -0.5]
+    assert sample.topk_prompt_logprobs == [None, None, [(5, -0.5)]]
+    assert sample.prompt_cache_hit_tokens == 2
+    target = sample.target_prompt_logprobs
+    assert (target.dtype, target.shape) == ("float32", [2, 3])
+    if csr is None:
+        assert target.to_numpy().tolist() == [[0, 0, -3], [-4, 0, 0]]
+    else:
+        assert (target.sparse_crow_indices, target.sparse_col_indices) == ([0, 1, 3], [2, 0, 1])
+        assert list(target.data) == [-3, -4, 0]
+    alternatives = sample.prompt_alt_tokens
+    assert (alternatives.tokens.dtype, alternatives.logprobs.dtype) == ("int64", "float32")
+    assert alternatives.tokens.to_numpy().tolist() == [[11, 12], [13, 14]]
+    assert alternatives.logprobs.to_numpy().tolist() == [[-1, -2], [-3, -4]]
+
+
+def test_the_sdk_reads_the_alternatives_to_a_prompt_of_one_token(sdk):
+    conv = importlib.import_module("tinker.proto.response_conv")
+    none = types.PromptAltTokens(np.zeros((0, 2), np.int64), np.zeros((0, 2), np.float32))
+    sample = conv.deserialize_sample_response(codec.encode_sample(types.SampleResult([], prompt_alt_tokens=none)))
+    assert sample.prompt_alt_tokens.tokens.shape == [0, 2]
+
+
+def test_what_the_sdk_asks_for_decodes(sdk):
+    """Through the SDK's own request type and the JSON it sends."""
+    tinker_types = importlib.import_module("tinker.types")
+    client = importlib.import_module("tinker.lib.public_interfaces.sampling_client")
+    target = tinker_types.TensorData(
+        data=[5, 0], dtype="int64", shape=[2, 4], sparse_crow_indices=[0, 0, 2], sparse_col_indices=[1, 3]
+    )
+    body = tinker_types.SampleRequest(
+        prompt=tinker_types.ModelInput.from_ints([1, 2, 3]),
+        sampling_params=tinker_types.SamplingParams(max_tokens=1),
+        prompt_logprobs=True,
+        prompt_logprobs_last_n=2,
+        topk_sample_logprobs=3,
+        prompt_alt_tokens_k=4,
+        target_prompt_logprobs=client._tensor_data_to_model(target),
+    ).model_dump_json(exclude_none=True)
+    request = codec.decode_sample(body.encode())
+    assert (request.prompt_logprobs_last_n, request.topk_sample_logprobs, request.prompt_alt_tokens_k) == (2, 3, 4)
+    assert request.target_prompt_logprobs.values.tolist() == [[-1] * 4, [-1, 5, -1, 0]]

@@ -27,3 +27,10 @@ def test_the_budget_is_shared_by_the_tensors_of_a_request():
     budget.spend(6, "a")
     with pytest.raises(TooLarge, match=r"^b: "):
         budget.spend(6, "b")
+
+
+def test_unlisted_cells_and_the_rows_of_listed_ones():
+    crow, col = np.array([0, 1, 1, 3]), np.array([1, 0, 1])
+    out = tensors.densify(np.array([5, 0, 7]), crow, col, [3, 2], "ids", tensors.Budget(6), unlisted=-1)
+    assert out.tolist() == [[-1, 5], [-1, -1], [0, 7]]
+    assert tensors.csr_rows(crow).tolist() == [0, 2, 2]

@@ -20,7 +20,7 @@ from tx.errors import InvalidInput, TooLarge, Unsupported
 from tx.tinker.wire import json_bodies
 from tx.tinker.wire import tinker_pb2 as pb
 from tx.tinker.wire.json_bodies import decode_sample, parse_json
-from tx.tinker.wire.tensors import MAX_DENSE_CELLS, Budget, array, as_input, densify, shaped
+from tx.tinker.wire.tensors import MAX_DENSE_CELLS, Budget, array, as_input, csr_rows, densify, shaped
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
@@ -32,9 +32,6 @@ SAMPLE_RESPONSE = "SampleResponse"
 MAX_DECOMPRESSED_BYTES = 256 * 2**20
 _ZSTD_STEP_BYTES = 1024
 """Compressed bytes fed at a time: four of them can unfold to 128 KiB, so a step stays under 32 MiB."""
-
-ABSENT_TOPK_LOGPROB = -99999.0
-"""What the protocol writes into a top-k cell that has no token."""
 
 _DTYPES: dict[int, np.dtype] = {pb.DTYPE_FLOAT32: np.dtype("<f4"), pb.DTYPE_INT64: np.dtype("<i8")}
 
@@ -114,19 +111,44 @@ def encode_sample(result: types.SampleResult) -> bytes:
             stop_reason=pb.STOP_REASON_STOP if sequence.stop_reason == "stop" else pb.STOP_REASON_LENGTH,
             tokens=np.ascontiguousarray(sequence.tokens, "<i4").tobytes(),
             logprobs=np.ascontiguousarray(sequence.logprobs, "<f4").tobytes(),
+            topk_sampled_logprobs=None if sequence.topk is None else _topk(sequence.topk),
         )
     if result.prompt_logprobs is not None:
         message.prompt_logprobs = np.ascontiguousarray(result.prompt_logprobs, "<f4").tobytes()
     if result.topk_prompt_logprobs is not None:
-        ids = np.array(result.topk_prompt_logprobs.token_ids, "<i4")
-        logprobs = np.array(result.topk_prompt_logprobs.logprobs, "<f4")
-        absent = ~np.isfinite(logprobs)
-        absent[:1] = True  # nothing precedes the first token
-        ids[absent], logprobs[absent] = 0, ABSENT_TOPK_LOGPROB
-        topk = message.topk_prompt_logprobs
-        topk.token_ids, topk.logprobs = ids.tobytes(), logprobs.tobytes()
-        topk.length, topk.k = ids.shape
+        message.topk_prompt_logprobs.CopyFrom(_topk(result.topk_prompt_logprobs))
+    if result.target_prompt_logprobs is not None:
+        message.target_prompt_logprobs.CopyFrom(_cells(result.target_prompt_logprobs))
+    if result.prompt_alt_tokens is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(_dense(result.prompt_alt_tokens.token_ids, "<i8", pb.DTYPE_INT64))
+        message.prompt_alt_tokens.logprobs.CopyFrom(_dense(result.prompt_alt_tokens.logprobs, "<f4", pb.DTYPE_FLOAT32))
     return message.SerializeToString(deterministic=True)
+
+
+def _topk(topk: types.TopkLogprobs) -> pb.TopkLogprobs:
+    ids, logprobs = np.array(topk.token_ids, "<i4"), np.array(topk.logprobs, "<f4")
+    # An id without a finite logprob is no candidate: clients know such cells by this one mark.
+    absent = ~np.isfinite(logprobs)
+    ids[absent], logprobs[absent] = 0, types.ABSENT_LOGPROB
+    length, k = ids.shape
+    return pb.TopkLogprobs(token_ids=ids.tobytes(), logprobs=logprobs.tobytes(), length=length, k=k)
+
+
+def _dense(values: np.ndarray, dtype: str, name: pb.DType) -> pb.Tensor:
+    return pb.Tensor(dense=np.ascontiguousarray(values, dtype).tobytes(), dtype=name, shape=values.shape)
+
+
+def _cells(cells: types.Cells) -> pb.Tensor:
+    """Float32 cells in the layout that the request had."""
+    if cells.csr is None:
+        return _dense(cells.values, "<f4", pb.DTYPE_FLOAT32)
+    crow, col = cells.csr
+    sparse = pb.SparseCsr(
+        values=np.ascontiguousarray(cells.values[csr_rows(crow), col], "<f4").tobytes(),
+        crow_indices=np.ascontiguousarray(crow, "<i8").tobytes(),
+        col_indices=np.ascontiguousarray(col, "<i8").tobytes(),
+    )
+    return pb.Tensor(sparse_csr=sparse, dtype=pb.DTYPE_FLOAT32, shape=cells.values.shape)
 
 
 def encode_json(value: dict[str, Any]) -> bytes:

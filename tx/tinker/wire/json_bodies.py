@@ -13,7 +13,7 @@ import orjson
 from tx import types
 from tx.errors import InvalidInput, Unsupported
 from tx.tinker.wire import tinker_pb2 as pb
-from tx.tinker.wire.tensors import MAX_DENSE_CELLS, Budget, as_input, densify, shaped
+from tx.tinker.wire.tensors import MAX_DENSE_CELLS, Budget, as_input, csr_rows, densify, shaped
 
 _DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 _INT32_MAX = 2**31 - 1
@@ -66,7 +66,7 @@ def _datum(datum: Any, where: str, cells: Budget) -> types.Datum:
     )
 
 
-def _tensor(tensor: Any, where: str, cells: Budget) -> np.ndarray:
+def _tensor(tensor: Any, where: str, cells: Budget, unlisted: int = 0) -> np.ndarray:
     if not isinstance(tensor, dict):
         raise InvalidInput(where, tensor, "an object with data and dtype")
     dtype = _DTYPES.get(str(tensor.get("dtype")))
@@ -80,7 +80,7 @@ def _tensor(tensor: Any, where: str, cells: Budget) -> np.ndarray:
     index: np.dtype = np.dtype("<i8")
     return densify(
         values, _numbers(crow, f"{where}.crow_indices", index), _numbers(col, f"{where}.col_indices", index), shape,
-        where, cells,
+        where, cells, unlisted,
     )  # fmt: skip
 
 
@@ -103,12 +103,9 @@ def _numbers(values: Any, where: str, dtype: np.dtype) -> np.ndarray:
 def decode_sample(payload: bytes) -> types.SampleRequest:
     """An ``asample`` body as a request; what tx doesn't serve is refused by name, never ignored."""
     request = parse_json(payload)
-    for name in ("topk_sample_logprobs", "prompt_alt_tokens_k"):
-        if request.get(name):
-            raise Unsupported(name, request[name], "0")
-    for name in ("target_prompt_logprobs", "prompt_logprobs_last_n"):
-        if request.get(name) is not None:
-            raise Unsupported(name, request[name], "absent")
+    last_n = _optional(request, "prompt_logprobs_last_n", int, None)
+    if last_n is not None and last_n < 1:
+        raise InvalidInput("prompt_logprobs_last_n", last_n, "at least 1, or absent for the whole prompt")
     return types.SampleRequest(
         prompt=_tokens(_member(request, "prompt", dict), "prompt"),
         num_samples=_optional(request, "num_samples", int, 1),
@@ -116,7 +113,28 @@ def decode_sample(payload: bytes) -> types.SampleRequest:
         prompt_logprobs=_optional(request, "prompt_logprobs", bool, False),
         topk_prompt_logprobs=_optional(request, "topk_prompt_logprobs", int, 0),
         record_stability_info=_optional(request, "record_stability_info", bool, False),
+        prompt_logprobs_last_n=last_n or 0,
+        topk_sample_logprobs=_optional(request, "topk_sample_logprobs", int, 0),
+        target_prompt_logprobs=_target_ids(request.get("target_prompt_logprobs")),
+        prompt_alt_tokens_k=_optional(request, "prompt_alt_tokens_k", int, 0),
     )
+
+
+def _target_ids(tensor: Any) -> types.Cells | None:
+    """Ids to score, -1 where the request asks for nothing, with the layout that the answer must have too."""
+    if tensor is None:
+        return None
+    where = "target_prompt_logprobs"
+    ids = _tensor(tensor, where, Budget(MAX_DENSE_CELLS), unlisted=-1)
+    if ids.dtype.kind != "i":
+        raise InvalidInput(f"{where}.dtype", ids.dtype.name, "int64")
+    if tensor.get("sparse_crow_indices") is None:
+        return types.Cells(ids)
+    crow, col = (np.asarray(tensor[f"sparse_{name}_indices"], "<i8") for name in ("crow", "col"))
+    # Two values in one cell could not both be answered.
+    if np.any((np.diff(col) <= 0) & (np.diff(csr_rows(crow)) == 0)):
+        raise InvalidInput(f"{where}.col_indices", "unordered or repeated columns", "rising columns in each row")
+    return types.Cells(ids, (crow, col))
 
 
 def _sampling_params(params: dict[str, Any]) -> types.SamplingParams:
@@ -178,27 +196,55 @@ def output_to_json(message: pb.ForwardBackwardOutput) -> dict[str, Any]:
 
 
 def sample_to_json(message: pb.SampleResponse) -> dict[str, Any]:
-    """A ``SampleResponse`` as old SDKs read it: missing logprobs are null."""
-    body: dict[str, Any] = {
-        "type": "sample",
-        "sequences": [
-            {
-                "stop_reason": "stop" if sequence.stop_reason == pb.STOP_REASON_STOP else "length",
-                "tokens": np.frombuffer(sequence.tokens, "<i4").tolist(),
-                "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
-            }
-            for sequence in message.sequences
-        ],
-    }
+    """A ``SampleResponse`` as old SDKs read it, by its field names: missing logprobs are null."""
+    body: dict[str, Any] = {"type": "sample", "sequences": [_sequence_to_json(each) for each in message.sequences]}
     if message.HasField("prompt_logprobs"):
         logprobs = np.frombuffer(message.prompt_logprobs, "<f4")
         body["prompt_logprobs"] = [None if np.isnan(value) else float(value) for value in logprobs]
     if message.HasField("topk_prompt_logprobs"):
-        topk = message.topk_prompt_logprobs
-        ids = np.frombuffer(topk.token_ids, "<i4").reshape(topk.length, topk.k).tolist()
-        scores = np.frombuffer(topk.logprobs, "<f4").reshape(topk.length, topk.k).tolist()
-        pairs = [list(zip(*row, strict=True)) for row in zip(ids, scores, strict=True)]
-        body["topk_prompt_logprobs"] = [None, *pairs[1:]]
+        body["topk_prompt_logprobs"] = _topk_to_json(message.topk_prompt_logprobs)
+    if message.HasField("target_prompt_logprobs"):
+        body["target_prompt_logprobs"] = _tensor_to_json(message.target_prompt_logprobs)
+    if message.HasField("prompt_alt_tokens"):
+        alternatives = message.prompt_alt_tokens
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor_to_json(alternatives.tokens),
+            "logprobs": _tensor_to_json(alternatives.logprobs),
+        }
+    return body
+
+
+def _sequence_to_json(sequence: pb.SampledSequence) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "stop_reason": "stop" if sequence.stop_reason == pb.STOP_REASON_STOP else "length",
+        "tokens": np.frombuffer(sequence.tokens, "<i4").tolist(),
+        "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
+    }
+    if sequence.HasField("topk_sampled_logprobs"):
+        body["topk_sampled_logprobs"] = _topk_to_json(sequence.topk_sampled_logprobs)
+    return body
+
+
+def _topk_to_json(topk: pb.TopkLogprobs) -> list[list[tuple[int, float]] | None]:
+    """Pairs of id and logprob per position, without absent cells; null for a position that has no other."""
+    ids = np.frombuffer(topk.token_ids, "<i4").reshape(topk.length, topk.k)
+    logprobs = np.frombuffer(topk.logprobs, "<f4").reshape(topk.length, topk.k)
+    there = logprobs != np.float32(types.ABSENT_LOGPROB)
+    return [
+        list(zip(ids[i, there[i]].tolist(), logprobs[i, there[i]].tolist(), strict=True)) or None
+        for i in range(topk.length)
+    ]
+
+
+def _tensor_to_json(tensor: pb.Tensor) -> dict[str, Any]:
+    """A ``Tensor`` that we encoded as ``TensorData``."""
+    dtype = "int64" if tensor.dtype == pb.DTYPE_INT64 else "float32"
+    sparse = tensor.WhichOneof("encoding") == "sparse_csr"
+    values = np.frombuffer(tensor.sparse_csr.values if sparse else tensor.dense, _DTYPES[dtype])
+    body: dict[str, Any] = {"data": values.tolist(), "dtype": dtype, "shape": list(tensor.shape)}
+    if sparse:
+        body["sparse_crow_indices"] = np.frombuffer(tensor.sparse_csr.crow_indices, "<i8").tolist()
+        body["sparse_col_indices"] = np.frombuffer(tensor.sparse_csr.col_indices, "<i8").tolist()
     return body
 
 

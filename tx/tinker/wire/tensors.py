@@ -42,9 +42,15 @@ def shaped(flat: np.ndarray, shape: list[int], where: str) -> np.ndarray:
 
 
 def densify(
-    values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: list[int], where: str, cells: Budget
+    values: np.ndarray,
+    crow: np.ndarray,
+    col: np.ndarray,
+    shape: list[int],
+    where: str,
+    cells: Budget,
+    unlisted: int = 0,
 ) -> np.ndarray:
-    """CSR to dense; unlisted cells are 0.
+    """CSR to dense; cells that aren't listed are ``unlisted``.
 
     Example: shape [3, 2], crow [0, 1, 1, 3], col [1, 0, 1], values [5, 6, 7] is [[0, 5], [0, 0], [6, 7]].
     """
@@ -58,9 +64,14 @@ def densify(
     if col.size != values.size or (col.size and (col.min() < 0 or col.max() >= width)):
         raise InvalidInput(f"{where}.col_indices", "indices out of range", f"{values.size} values in [0, {width})")
     cells.spend(rows * width, where)
-    dense = np.zeros((rows, width), values.dtype)
-    dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
+    dense = np.full((rows, width), unlisted, values.dtype)
+    dense[csr_rows(crow), col] = values
     return dense
+
+
+def csr_rows(crow: np.ndarray) -> np.ndarray:
+    """The row of each listed cell: crow [0, 1, 1, 3] is [0, 2, 2]."""
+    return np.repeat(np.arange(crow.size - 1), np.diff(crow))
 
 
 def as_input(name: str, array: np.ndarray, where: str) -> np.ndarray:
