@@ -1,6 +1,5 @@
 """``tx.worker.generator`` on a tiny model, against a reference that decodes one row with one full forward per token."""
 
-import functools
 import logging
 
 import jax

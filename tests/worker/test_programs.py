@@ -1,4 +1,4 @@
-"""``tx.worker.programs``: the cache's moves on random arrays, and the decode loop's ends on a tiny model."""
+"""``tx.worker.programs``: the decode loop's ends on a tiny model, what it writes where, and clearing of blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tx.layers import kv_cache
-from tx.layers.kv_cache import KVCache
+from tx.layers.kv_cache import BLOCK
 from tx.models.loading import load_model
 from tx.worker import programs
 from tx.worker.mesh import make_mesh
@@ -17,52 +17,12 @@ def model(tiny_qwen3):
     return load_model(tiny_qwen3, make_mesh(), jnp.float32)
 
 
-def random_cache(rows, length, seed=0):
-    rng = np.random.default_rng(seed)
-    make = lambda: jnp.asarray(rng.normal(size=(rows, length, 2, 4)), jnp.float32)
-    return KVCache(k=(make(), make()), v=(make(), make()))
-
-
-def test_regroup_moves_rows_and_pads_with_zeros():
-    cache = random_cache(4, 6)
-    moved = programs.regroup(cache, jnp.array([2, 0, 4]), length=8, mesh=make_mesh())
-    for before, after in zip(jax.tree.leaves(cache), jax.tree.leaves(moved), strict=True):
-        assert after.shape == (3, 8, 2, 4)
-        assert (after[:2, :6] == before[jnp.array([2, 0])]).all()
-        assert not after[:, 6:].any()
-        assert not after[2].any()
-
-
-def test_regroup_cuts_length():
-    cache = random_cache(2, 6)
-    moved = programs.regroup(cache, jnp.array([1]), length=3, mesh=make_mesh())
-    assert (moved.k[1] == cache.k[1][1:, :3]).all()
-
-
-def test_insert_fills_the_first_slots_named_and_no_others():
-    cache, prompt = random_cache(4, 6), random_cache(1, 3, seed=1)
-    before = jax.device_get(cache)
-    after = programs.insert(cache, prompt, jnp.array([3, 1, 0, 0]), jnp.int32(2))
-    for old, new, source in zip(*map(jax.tree.leaves, (before, after, prompt)), strict=True):
-        for slot in (1, 3):
-            assert (new[slot, :3] == source[0]).all()
-            assert (new[slot, 3:] == old[slot, 3:]).all()
-        assert (new[0] == old[0]).all()
-        assert (new[2] == old[2]).all()
-
-
-def test_row_of_is_a_copy_of_one_row():
-    cache = random_cache(3, 5)
-    row = programs.row_of(cache, jnp.int32(2))
-    assert (row.rows, row.length) == (1, 5)
-    assert (row.v[1] == cache.v[1][2:]).all()
-
-
-def decode(model, remaining, stop_ids=(), steps=8):
+def decode(model, remaining, stop_ids=(), steps=8, position=3, num_topk=0):
+    """Rows at one position each; row r has the blocks 2r + 1 and 2r, in this order."""
     size = len(remaining)
     rows = programs.DecodeRows(
         token=np.arange(5, 5 + size, dtype=np.int32),
-        position=np.full(size, 3, np.int32),
+        position=np.full(size, position, np.int32),
         remaining=np.asarray(remaining, np.int32),
         temperature=np.zeros(size, np.float32),
         top_k=np.full(size, -1, np.int32),
@@ -70,36 +30,81 @@ def decode(model, remaining, stop_ids=(), steps=8):
         seed=np.zeros((size, 2), np.uint32),
         sample=np.zeros(size, np.int32),
         stop_ids=np.full((size, programs.NUM_STOP_IDS), -1, np.int32),
+        blocks=np.arange(2 * size, dtype=np.int32).reshape(size, 2)[:, ::-1],
+        owner=np.repeat(np.arange(size, dtype=np.int32), 2),
+        start=np.tile(np.array([BLOCK, 0], np.int32), size),
     )
     rows.stop_ids[:, : len(stop_ids)] = stop_ids
-    cache = kv_cache.empty(model.config, size, 32, jnp.float32, model.mesh)
+    pool = kv_cache.empty(model.config, 2 * size, jnp.float32, model.mesh)
     rows = jax.tree.map(jnp.asarray, rows)
-    cache, *drawn = programs.decode_slice(model.graphdef, model.weights, cache, rows, None, steps=steps, filtered=False)
-    return cache, *jax.device_get(drawn)
+    pool, drawn = programs.decode_slice(
+        model.graphdef, model.weights, pool, rows, None, jnp.int32(steps), most_steps=8, num_topk=num_topk
+    )
+    return pool, jax.device_get(drawn)
 
 
-def test_rows_draw_what_remains_and_empty_slots_nothing(model):
-    cache, tokens, logprobs, counts = decode(model, [3, 0, 8])
-    assert counts.tolist() == [3, 0, 8]
-    assert (logprobs[2] < 0).all()
-    keys = np.asarray(cache.k[0])
-    assert keys[0, 3:6].any(axis=(1, 2)).all()
-    assert not keys[0, 6:].any()  # a row that has ended writes nothing
-    assert not keys[1].any()
-    alone = decode(model, [0, 0, 8])
-    assert (alone[1][2] == tokens[2]).all()
+def test_rows_draw_what_remains_and_padding_nothing(model):
+    pool, drawn = decode(model, [3, 0, 8])
+    assert drawn.counts.tolist() == [3, 0, 8]
+    assert (drawn.logprobs[2] < 0).all()
+    keys = np.asarray(pool.layers[0].k)
+    assert keys[1, :, :, 3:6].any(axis=(0, 1)).all()
+    assert not keys[1, :, :, 6:].any()  # a row that has ended writes nothing
+    assert not keys[0].any()
+    assert not keys[2:4].any()
+    _, alone = decode(model, [0, 0, 8])
+    assert (alone.tokens[2] == drawn.tokens[2]).all()
+
+
+def test_a_slice_goes_on_in_the_next_block(model):
+    pool, drawn = decode(model, [8, 8], position=BLOCK - 3)
+    assert drawn.counts.tolist() == [8, 8]
+    keys = np.asarray(pool.layers[1].k)
+    for first, second in ((1, 0), (3, 2)):
+        assert keys[first, :, :, BLOCK - 3 :].any(axis=(0, 1)).all()
+        assert keys[second, :, :, :5].any(axis=(0, 1)).all()
+        assert not keys[second, :, :, 5:].any()
+
+
+def test_how_many_steps_is_data(model):
+    _, all_of_them = decode(model, [8, 8])
+    before = programs.decode_slice._cache_size()
+    _, drawn = decode(model, [8, 8], steps=3)
+    assert programs.decode_slice._cache_size() == before
+    assert drawn.counts.tolist() == [3, 3]
+    assert (drawn.tokens[:, :3] == all_of_them.tokens[:, :3]).all()
+
+
+def test_most_likely_tokens_beside_the_drawn(model):
+    """Greedy rows draw the best of them; the program without them draws the same."""
+    _, plain = decode(model, [4])
+    _, drawn = decode(model, [4], num_topk=8)
+    assert plain.topk_ids is None
+    assert (drawn.tokens == plain.tokens).all()
+    assert drawn.topk_ids.shape == (1, 8, 8)
+    assert (drawn.topk_ids[0, :4, 0] == drawn.tokens[0, :4]).all()
+    assert (drawn.topk_logprobs[0, :4, 0] == drawn.logprobs[0, :4]).all()
+    assert (np.diff(drawn.topk_logprobs[0, :4], axis=-1) <= 0).all()
+
+
+def test_clear_blocks(model):
+    pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), kv_cache.empty(model.config, 4, jnp.float32, model.mesh))
+    cleared = programs.clear_blocks(pool, jnp.array([2, 0, 4, 4]))  # 4 is past the end
+    for x in jax.tree.leaves(cleared):
+        assert not x[np.array([0, 2])].any()
+        assert jnp.isnan(x[np.array([1, 3])]).all()
 
 
 def test_the_loop_ends_with_the_last_row(model):
-    _, _, logprobs, counts = decode(model, [2, 1])
-    assert counts.tolist() == [2, 1]
-    assert not logprobs[:, 2:].any()  # never computed
+    _, drawn = decode(model, [2, 1])
+    assert drawn.counts.tolist() == [2, 1]
+    assert not drawn.logprobs[:, 2:].any()  # never computed
 
 
 def test_a_stop_token_ends_a_row_in_the_loop(model):
-    _, free, _, _ = decode(model, [8, 8])
-    stop = int(free[0, 4])
-    first = free[0].tolist().index(stop)
-    _, tokens, _, counts = decode(model, [8, 8], stop_ids=(1, 2, stop))
-    assert counts[0] == first + 1
-    assert tokens[0, first] == stop
+    _, free = decode(model, [8, 8])
+    stop = int(free.tokens[0, 4])
+    first = free.tokens[0].tolist().index(stop)
+    _, drawn = decode(model, [8, 8], stop_ids=(1, 2, stop))
+    assert drawn.counts[0] == first + 1
+    assert drawn.tokens[0, first] == stop

@@ -1,7 +1,5 @@
 """``tx.worker.sampling`` against exact distributions computed in numpy float64. Seeds are fixed: no test is random."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +12,8 @@ from tx.worker import sampling
 
 VOCAB = 700  # three blocks, the last one partly padding
 
-plain = jax.jit(functools.partial(sampling.sample, filtered=False))
+program = jax.jit(sampling.sample)
 kept_tokens = jax.jit(sampling._kept)
-filtered = jax.jit(functools.partial(sampling.sample, filtered=True))
 
 
 def keys(rows, seed=7):
@@ -24,10 +21,10 @@ def keys(rows, seed=7):
     return sampling.row_keys(jnp.asarray(seeds), jnp.arange(rows))
 
 
-def call(program, logits, *, temperature=1.0, top_k=-1, top_p=1.0, seed=7, position=3):
+def call(logits, *, temperature=1.0, top_k=-1, top_p=1.0, seed=7, position=3):
     rows = logits.shape[0]
     fill = lambda value, dtype: jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
-    tokens, logprobs = program(
+    tokens, logprobs, _ = program(
         jnp.asarray(logits),
         keys(rows, seed),
         fill(position, np.int32),
@@ -71,11 +68,10 @@ def expected(logits, temperature, top_k, top_p):
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = skewed_logits()
     rows, rounds = 4000, 25
-    program = plain if (top_k, top_p) == (-1, 1.0) else filtered
     batch = np.tile(logits, (rows, 1))
     counts = np.zeros(VOCAB)
     for position in range(rounds):
-        tokens, _ = call(program, batch, temperature=temperature, top_k=top_k, top_p=top_p, position=position)
+        tokens, _ = call(batch, temperature=temperature, top_k=top_k, top_p=top_p, position=position)
         counts += np.bincount(tokens, minlength=VOCAB)
     probabilities = expected(logits, temperature, top_k, top_p)
     assert counts[probabilities == 0].sum() == 0
@@ -99,17 +95,26 @@ def test_the_tail_is_drawn_in_proportion():
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("program", [plain, filtered], ids=["plain", "filtered"])
-def test_logprobs_are_of_the_tempered_distribution_before_filters(temperature, program):
+@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (5, 0.5)], ids=["plain", "filtered"])
+def test_logprobs_are_of_the_tempered_distribution_before_filters(temperature, top_k, top_p):
     logits = np.stack([skewed_logits(seed) for seed in range(16)])
-    tokens, logprobs = call(program, logits, temperature=temperature, top_k=5, top_p=0.5)
+    tokens, logprobs = call(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     for row, token in enumerate(tokens):
         assert logprobs[row] == pytest.approx(log_softmax(logits[row], temperature)[token], abs=2e-6)
 
 
+def test_all_logprobs_are_of_the_same_distribution():
+    logits = np.stack([skewed_logits(seed) for seed in range(4)])
+    fill = lambda value: jnp.full((4,), value)
+    tokens, logprobs, everything = program(logits, keys(4), fill(3), fill(0.7), fill(5), fill(0.5))
+    assert (np.take_along_axis(np.asarray(everything), np.asarray(tokens)[:, None], 1)[:, 0] == logprobs).all()
+    for row in range(4):
+        np.testing.assert_allclose(everything[row], log_softmax(logits[row], 0.7), atol=1e-5)
+
+
 def test_greedy_takes_the_best_and_reports_temperature_one():
     logits = np.stack([skewed_logits(seed) for seed in range(8)])
-    tokens, logprobs = call(filtered, logits, temperature=0.0, top_k=3, top_p=0.2)
+    tokens, logprobs = call(logits, temperature=0.0, top_k=3, top_p=0.2)
     assert (tokens == logits.argmax(axis=-1)).all()
     for row, token in enumerate(tokens):
         assert logprobs[row] == pytest.approx(log_softmax(logits[row])[token], abs=2e-6)
@@ -118,7 +123,7 @@ def test_greedy_takes_the_best_and_reports_temperature_one():
 @pytest.mark.parametrize("temperature", [1e-38, 1e-6, 3e38])
 def test_extreme_temperatures_stay_finite(temperature):
     logits = np.stack([skewed_logits(seed) for seed in range(8)])
-    tokens, logprobs = call(filtered, logits, temperature=temperature, top_p=0.9)
+    tokens, logprobs = call(logits, temperature=temperature, top_p=0.9)
     assert np.isfinite(logprobs).all()
     if temperature < 1:
         assert (tokens == logits.argmax(axis=-1)).all()
@@ -130,7 +135,7 @@ def test_rows_of_one_batch_have_their_own_parameters():
     logits = np.tile(skewed_logits(), (400, 1))
     top_k = np.where(np.arange(400) % 2, 2, -1)
     temperature = np.where(np.arange(400) % 4 == 0, 0.0, 1.0)
-    tokens, _ = call(filtered, logits, temperature=temperature, top_k=top_k)
+    tokens, _ = call(logits, temperature=temperature, top_k=top_k)
     best = np.argsort(-logits[0])
     assert set(tokens[top_k == 2]) == set(best[:2])
     assert set(tokens[temperature == 0]) == {best[0]}
@@ -140,7 +145,7 @@ def test_rows_of_one_batch_have_their_own_parameters():
 def test_ties_at_the_kth_place_are_all_kept():
     logits = np.full((3000, VOCAB), -5.0, np.float32)
     logits[:, [10, 400, 650]] = 2.0
-    tokens, _ = call(filtered, logits, top_k=2)
+    tokens, _ = call(logits, top_k=2)
     assert set(tokens) == {10, 400, 650}
 
 
@@ -192,7 +197,7 @@ def test_c14_a_draw_depends_on_seed_index_and_position_alone():
     def draw(rows):
         rows = np.asarray(rows)
         key = sampling.row_keys(jnp.asarray(seeds[rows]), jnp.asarray(index[rows]))
-        tokens, logprobs = plain(logits[rows], key, position[rows], ones[rows], off[rows], ones[rows])
+        tokens, logprobs, _ = program(logits[rows], key, position[rows], ones[rows], off[rows], ones[rows])
         return np.asarray(tokens), np.asarray(logprobs)
 
     together = draw(range(8))
@@ -206,11 +211,11 @@ def test_c14_a_draw_depends_on_seed_index_and_position_alone():
 
 def test_seed_index_and_position_each_matter():
     base = {"logits": np.tile(skewed_logits(), (64, 1)), "seed": 1, "position": 5}
-    first = call(plain, **base)[0]
-    assert (call(plain, **base)[0] == first).all()
+    first = call(**base)[0]
+    assert (call(**base)[0] == first).all()
     assert len(set(first)) > 5  # rows differ by their index alone
-    assert (call(plain, **base | {"seed": 2})[0] != first).any()
-    assert (call(plain, **base | {"position": 6})[0] != first).any()
+    assert (call(**base | {"seed": 2})[0] != first).any()
+    assert (call(**base | {"position": 6})[0] != first).any()
 
 
 def test_high_seed_bits_matter():

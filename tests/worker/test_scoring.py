@@ -138,9 +138,7 @@ def test_an_alternative_is_what_a_sample_of_that_index_would_have_drawn():
         for index in range(8):
             keys = sampling.row_keys(jnp.array([[0, 5]], jnp.uint32), jnp.array([index]))
             logits, one = jnp.asarray(HIDDEN[:, offset] @ KERNEL), jnp.ones(1)
-            drawn, _ = sampling.sample(
-                logits, keys, jnp.array([3 + offset + 1]), 0.8 * one, jnp.array([-1]), one, filtered=False
-            )
+            drawn, _, _ = sampling.sample(logits, keys, jnp.array([3 + offset + 1]), 0.8 * one, jnp.array([-1]), one)
             assert scores.alt_ids[0, offset, index] == drawn[0]
 
 

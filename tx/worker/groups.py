@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tx.errors import InvalidInput
-from tx.types import ABSENT_LOGPROB, SampledSequence, SampleRequest, SampleResult, SamplingParams, TopkLogprobs
+from tx.types import SampledSequence, SampleRequest, SampleResult, SamplingParams, TopkLogprobs
 from tx.worker import scoring
 from tx.worker.snapshots import Snapshot
 from tx.worker.stopping import Detokenize, RowStop
@@ -89,7 +89,8 @@ class Group:
         logprobs: each row's logprobs so far.
         topk: each row's top-k cells so far, a pair of arrays per ``push``; empty unless asked for.
         scoring: what the request wants to know of its prompt, None if nothing.
-        cached_tokens: prompt tokens whose keys and values were found, and not computed for this request.
+        cached_tokens: prompt tokens whose keys and values were found, and not computed for this request; None until
+            that is known.
     """
 
     def __init__(
@@ -109,20 +110,13 @@ class Group:
         self.prompt = np.asarray(request.prompt, np.int32)
         self.limit = _limit(request, max_context)
         self.stop_ids = (*params.stop_token_ids, *(eos_token_ids if params.stop_on_eos else ()))
-        self.filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
         self.seed = params.seed_words
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None
         self._detokenize = detokenize
         self.stops = [self._row() for _ in range(request.num_samples)]
         self.logprobs: list[list[float]] = [[] for _ in range(request.num_samples)]
         self.topk: list[list[Topk]] = [[] for _ in range(request.num_samples)]
         self.scoring = scoring.wanted(request)
-        # What the present prefill writes to; it goes when prefill uses ``scoring``.
-        self.wants_scores = request.prompt_logprobs or request.topk_prompt_logprobs > 0
-        self.scored = 0
-        self.prompt_logprobs = np.full(len(self.prompt), np.nan, np.float32)
-        self.topk_ids = np.zeros((len(self.prompt), request.topk_prompt_logprobs), np.int32)
-        self.topk_logprobs = np.full(self.topk_ids.shape, ABSENT_LOGPROB, np.float32)
 
     def _row(self) -> RowStop:
         return RowStop(self.stop_ids, self.request.params.stop_strings, self.limit, self._detokenize)
@@ -173,14 +167,8 @@ class Group:
             )
             for stop, logprobs, topk in zip(self.stops, self.logprobs, self.topk, strict=True)
         ]
-        result = SampleResult(sequences, prompt_cache_hit_tokens=self.cached_tokens)
-        if self.scoring is None:
-            return result
-        if self.scoring.done:
-            return self.scoring.add_to(result)
-        topk = TopkLogprobs(self.topk_ids, self.topk_logprobs) if self.request.topk_prompt_logprobs else None
-        logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
-        return SampleResult(sequences, logprobs, topk)
+        result = SampleResult(sequences, prompt_cache_hit_tokens=self.cached_tokens or 0)
+        return result if self.scoring is None else self.scoring.add_to(result)
 
     def _topk(self, parts: Sequence[Topk]) -> TopkLogprobs | None:
         if not self.request.topk_sample_logprobs:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from tx.errors import StartupError
 
@@ -15,12 +14,14 @@ SHARE = 0.5
 CPU_SHARE = 0.25
 """Of what the machine has left: its memory isn't ours alone."""
 
+CGROUP = Path("/sys/fs/cgroup")
+
 PROMPT_SHARE = 0.25
 """Of the blocks, kept for recent prompts; the pool of rows that decode has the others."""
 
 
-def kv_bytes(device: jax.Device, asked: int) -> int:
-    """Bytes for keys and values on each device: what was asked for, or a share of what is left now.
+def kv_bytes(device: Any, asked: int) -> int:
+    """Bytes for keys and values on each device (a ``jax.Device``): what was asked for, or a share of what is left now.
 
     Raises:
         StartupError: there is less left than was asked for.
@@ -37,7 +38,7 @@ def kv_bytes(device: jax.Device, asked: int) -> int:
     return int(left * (CPU_SHARE if device.platform == "cpu" else SHARE))
 
 
-def free_bytes(device: jax.Device) -> int | None:
+def free_bytes(device: Any) -> int | None:
     """Bytes that this process could still allocate on a device, None if the device doesn't say."""
     if device.platform == "cpu":
         return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable(), _left_in_cgroup())
@@ -55,9 +56,8 @@ def _reclaimable() -> int:
 
 def _left_in_cgroup() -> int:
     """What a container's limit leaves, or a number that never binds."""
-    folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return 2**62 if limit == "max" else int(limit) - int(used)
     except (OSError, ValueError):
         return 2**62

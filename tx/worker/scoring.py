@@ -115,14 +115,13 @@ def _draw(logits: Float[Array, "row vocab"], draws: AltDraws, offset: Int[Array,
     rows = logits.shape[0]
 
     def one(index: Int[Array, ""]) -> Int[Array, "row"]:
-        tokens, _ = sampling.sample(
+        tokens, _, _ = sampling.sample(
             logits,
             sampling.row_keys(draws.seed, jnp.full((rows,), index)),
             draws.start + offset + 1,
             draws.temperature,
             jnp.full((rows,), -1),
             jnp.ones((rows,)),
-            filtered=False,
         )
         return tokens
 
