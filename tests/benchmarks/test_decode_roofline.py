@@ -1,21 +1,16 @@
 """The roofline of a decode step: its counts against hand-made ones, and the whole program on a tiny model."""
 
 import argparse
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import decode_roofline as roofline
-from tests.support.server import environment
 from tests.support.tiny_models import CONFIGS
 from tx.models.loading import load_model
 from tx.worker.mesh import make_mesh
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_random_model_has_the_shapes_of_a_loaded_one(tiny_qwen3):
@@ -53,15 +48,12 @@ def test_no_row_stops_early_and_none_shares_a_prompt():
     assert {(request.params.max_tokens, request.params.stop_on_eos) for request in work} == {(8, False)}
 
 
-@pytest.mark.parametrize("source", ["folder", "random"])
-def test_the_program_prints_a_line_per_batch_size(tiny_qwen3, source):
-    model = [str(tiny_qwen3)] if source == "folder" else ["--random", str(tiny_qwen3)]
+@pytest.mark.parametrize("source", [[], ["--random"]], ids=["folder", "random"])
+def test_the_program_prints_a_line_per_batch_size(tiny_qwen3, source, monkeypatch, capsys):
     sizes = ["--batches", "1,3", "--prompt", "8", "--tokens", "64", "--repeats", "1", "--probe-mb", "8"]
-    command = [sys.executable, "benchmarks/decode_roofline.py", *model, *sizes, "--matmul", "128"]
-    path = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment() | path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    head, *lines = done.stdout.splitlines()[-3:]
+    monkeypatch.setattr(sys, "argv", ["decode_roofline.py", *source, str(tiny_qwen3), *sizes, "--matmul", "128"])
+    roofline.main()
+    head, *lines = capsys.readouterr().out.splitlines()[-3:]
     assert head == roofline.HEAD
     rows = [line.split() for line in lines]
     assert [row[0] for row in rows] == ["1", "3"]
@@ -70,9 +62,7 @@ def test_the_program_prints_a_line_per_batch_size(tiny_qwen3, source):
         assert tokens_per_s == pytest.approx(batch / milliseconds * 1e3, rel=0.02)
 
 
-def test_a_mixture_of_experts_is_refused(tiny_qwen3_moe):
-    command = [sys.executable, "benchmarks/decode_roofline.py", str(tiny_qwen3_moe)]
-    path = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment() | path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "mixture of experts" in done.stderr
+def test_a_mixture_of_experts_is_refused(tiny_qwen3_moe, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["decode_roofline.py", str(tiny_qwen3_moe)])
+    with pytest.raises(SystemExit, match="mixture of experts"):
+        roofline.main()

@@ -36,6 +36,7 @@ def run(script: str, server: Server, *arguments: str) -> dict[str, dict]:
     return {result["phase"]: result for result in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 def test_sampling_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
     small = ["--group-size", "3", "--group-prompt", "40", "--group-tokens", "4", "--requests", "2", "--others", "4"]
     more = [*small, "--pause", "0", "--phases", "memory,ragged,group,latency", "--engine-pid", str(server.process.pid)]
@@ -43,8 +44,7 @@ def test_sampling_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
     assert list(results) == ["memory", "ragged", "group", "latency"]
 
     memory = results["memory"]
-    engine_mb = 50  # the API process alone would be about 100, the engine with JAX is several hundred
-    assert engine_mb < memory["fresh_rss_mb"]
+    assert memory["fresh_rss_mb"] > 200  # JAX alone is more: the engine is counted, not only the API's process
     assert memory["warm_rss_mb"] <= memory["peak_rss_mb"]
     assert memory["sequences"] == 6
 
@@ -62,11 +62,14 @@ def test_sampling_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
     assert all(0 < latency[f"{kind}_p50_s"] <= latency[f"{kind}_p95_s"] for kind in ("alone", "busy", "training"))
 
 
-def test_the_phase_memory_needs_a_process(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
-    with pytest.raises(AssertionError, match="--engine-pid"):
-        run("sampling_bench.py", server, *flags(server, gsm8k, tiny_qwen3, "--phases", "memory"))
+def test_the_phase_memory_needs_a_process(gsm8k: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "sampling_bench.py"), "--data", str(gsm8k), "--phases", "memory"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--engine-pid" in done.stderr
 
 
+@pytest.mark.slow
 def test_tinker_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
     more = ["--phases", "create,sl,sample,rl", "--steps", "2"]
     results = run("tinker_bench.py", server, *flags(server, gsm8k, tiny_qwen3, *more))
@@ -75,6 +78,7 @@ def test_tinker_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
     assert max(results["rl"]["max_gap"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_compare_takes_turns_and_keeps_what_it_saw(
     server: Server, gsm8k: Path, tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
@@ -88,7 +92,6 @@ def test_compare_takes_turns_and_keeps_what_it_saw(
     compare()
     results = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [result["server"] for result in results] == ["a", "b", "a", "b"]
-    # The same prompts for both, others in the next turn.
     said = capfd.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("ragged.warm_tokens_per_s"))
     first, second = (
