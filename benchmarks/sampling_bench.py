@@ -183,8 +183,6 @@ class SamplingBench(BenchClient):
         keeps what it once had: run this phase first, on a fresh one.
         """
         flags = self.flags
-        if flags.engine_pid is None:
-            raise SystemExit("the phase memory needs --engine-pid")
         fresh = resident_bytes(flags.engine_pid)
         self.sample_round(self.policy, self.prompts(flags.prompts), flags.group, 2)
         warm = resident_bytes(flags.engine_pid)
@@ -267,6 +265,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.5, help="longest pause before a short sample, seconds")
     parser.add_argument("--engine-pid", type=int, default=None, help="the server's process, for the phase memory")
     flags = parser.parse_args()
+    if "memory" in flags.phases.split(",") and flags.engine_pid is None:
+        parser.error("the phase memory needs --engine-pid")
     bench = SamplingBench(flags)
     run_phases(flags.phases, lambda phase: getattr(bench, phase))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,18 +31,30 @@ from tx.worker.snapshots import Snapshot
 BLOCK = 256
 """The draw's first random number chooses among blocks of this many consecutive ids."""
 
+ALTERNATIVES = 2**20
+"""Index of the first sample whose random numbers draw alternatives to prompt tokens."""
+
 TOLERANCE = 1e-5
 """Of logits and of cumulative probabilities: what rounding may move. Observed differences are around 1e-6."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one row samples; ``ties`` counts the steps at which the draft's token was as right as its own."""
+    """What one row samples.
+
+    scores: per token, float64 [vocab] logprobs of the tempered distribution that it was drawn from, before top-k and
+        top-p. ties: steps at which the draft's token was as right as its own.
+    """
 
     tokens: list[int]
-    logprobs: list[float]
+    scores: list[np.ndarray]
     stop_reason: str
     ties: int
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens."""
+        return [float(scores[token]) for token, scores in zip(self.tokens, self.scores, strict=True)]
 
 
 class ReferenceDecoder:
@@ -69,7 +81,7 @@ class ReferenceDecoder:
         stop_ids = {*params.stop_token_ids, *(self._eos if params.stop_on_eos else ())}
         random = uniforms(params.seed, sample, self._max_context)
         tokens: list[int] = []
-        logprobs: list[float] = []
+        scores: list[np.ndarray] = []
         ties = 0
         known = [*prompt, *(int(token) for token in draft)][: self._max_context - 1]
         logits = self.logits(known, snapshot)
@@ -85,20 +97,42 @@ class ReferenceDecoder:
                 if drafted in as_right(here, uniform, params):
                     token, ties = drafted, ties + 1
             tokens.append(token)
-            logprobs.append(float(log_softmax(here, params.temperature)[token]))
+            scores.append(log_softmax(here, params.temperature))
             if token in stop_ids or self._has_stop_string(tokens, params.stop_strings):
-                return Row(tokens, logprobs, "stop", ties)
+                return Row(tokens, scores, "stop", ties)
             if len(tokens) == limit:
-                return Row(tokens, logprobs, "length", ties)
+                return Row(tokens, scores, "length", ties)
 
     def prompt_logprobs(self, prompt: Sequence[int], snapshot: Snapshot | None) -> np.ndarray:
         """[P, vocab]: row i is the distribution of token i given those before it, at temperature 1; row 0 is NaN."""
         logits = self.logits([int(token) for token in prompt], snapshot)
         return np.concatenate([np.full_like(logits[:1], np.nan), log_softmax(logits[:-1], 1.0)])
 
+    def alternatives(
+        self, request: SampleRequest, snapshot: Snapshot | None, drafts: np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """[P-1, k] ids drawn in place of each prompt token after the first, and the ties among them.
+
+        Alternative j of a position is what sample 2**20 + j of the request would have drawn there, unfiltered.
+        """
+        prompt = [int(token) for token in request.prompt]
+        logits, params = self.logits(prompt, snapshot), replace(request.params, top_k=-1, top_p=1.0)
+        drawn, ties = np.array(drafts), 0
+        for j in range(drawn.shape[1]):
+            random = uniforms(params.seed, ALTERNATIVES + j, self._max_context)
+            for at in range(len(prompt) - 1):
+                token = choose(logits[at], random[at + 1], params)
+                if token == drawn[at, j]:
+                    continue
+                if int(drawn[at, j]) in as_right(logits[at], random[at + 1], params):
+                    ties += 1
+                else:
+                    drawn[at, j] = token
+        return drawn, ties
+
     def logits(self, tokens: Sequence[int], snapshot: Snapshot | None) -> np.ndarray:
         """[token, vocab] in float64: what follows each of the tokens."""
-        padded = np.zeros((1, min(self._max_context, 64 * -(-len(tokens) // 64))), np.int32)
+        padded = np.zeros((1, 64 if len(tokens) <= 64 else self._max_context), np.int32)
         padded[0, : len(tokens)] = tokens
         view = None
         if snapshot is not None:

@@ -187,5 +187,5 @@ class Client:
         request = {"prompt": {"chunks": [{"tokens": tokens}]}, "sampling_params": params, "num_samples": 1} | body
         return self.bench.append(
             "sample", request, session_id=self.session_id, sampler_id=sampler_id,
-            seq_id=None if sampler_id is None else number,
+            seq_id=None if sampler_id is None else number, num_sequences=request["num_samples"],
         )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, datum, new_worker
 from tx.tinker.db import Checkpoint, Model, RecordedSequence, Sampler, now, reading, writing
+from tx.tinker.engine import Engine
 from tx.tinker.wire import paths
 from tx.worker.worker import Worker
 
@@ -304,7 +305,7 @@ def test_an_overwritten_path_means_the_new_weights(bench):
         ({"prompt": {"chunks": []}}, ["prompt"]),
         ({"prompt": {"chunks": [{"tokens": [99999]}]}}, ["prompt", "99999"]),
         ({"params": {"temperature": -1}}, ["temperature"]),
-        ({"topk_sample_logprobs": 2}, ["topk_sample_logprobs"]),
+        ({"topk_sample_logprobs": 10**6}, ["topk_sample_logprobs"]),
     ],
 )
 def test_a_bad_sample_fails_by_name_beside_a_good_one(bench, body, words):
@@ -360,6 +361,146 @@ def test_training_and_sampling_take_turns(bench, monkeypatch):
     assert in_a_row == []
     kinds = [kind for kind, _ in turns]
     assert "train" in kinds[: len(kinds) - 1 - kinds[::-1].index("sample")]
+
+
+class Turns:
+    """Stands for a worker that always has training, and sampling as long as ``sampling``; it moves the clock itself."""
+
+    def __init__(self, train_s: float, sample_s: float) -> None:
+        self.training, self.sampling = True, False
+        self.durations = {"train": train_s, "sample": sample_s}
+        self.now_s, self.turns = 0.0, []
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def _turn(self, kind: str) -> list:
+        self.turns.append(kind)
+        self.now_s += self.durations[kind]
+        return []
+
+    def train_slice(self) -> list:
+        return self._turn("train")
+
+    def sample_slice(self) -> list:
+        return self._turn("sample")
+
+
+@pytest.mark.parametrize(
+    ("train_s", "sample_s", "slices"),
+    [
+        (1.0, 0.3, 4),  # sampling gets at least what the micro-batch took
+        (1.0, 0.25, 4),
+        (1.0, 5.0, 1),  # a slice that is longer than a micro-batch does not keep training waiting for two
+        (0.2, 0.3, 1),
+    ],
+)
+def test_sampling_gets_as_much_time_as_the_last_micro_batch_took(bench, train_s, sample_s, slices):
+    worker = Turns(train_s, sample_s)
+    engine = Engine(bench.db, bench.signal, worker, bench.folders, BASE, sample_room=8, clock=worker.clock)
+    for _ in range(3):
+        assert engine.step()
+    worker.sampling = True  # a sample arrives while training has had the device to itself
+    for _ in range(2 * (slices + 1)):
+        engine.step()
+    assert worker.turns == ["train"] * 3 + (["sample"] * slices + ["train"]) * 2
+    worker.training = False
+    engine.step()
+    assert worker.turns[-1] == "sample"
+
+
+# ---- cancelling ----
+
+LONG = {"max_tokens": 400}
+
+
+def step_until(bench, condition) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        bench.engine.step()
+    raise AssertionError("the engine does not get there")
+
+
+def test_cancelling_frees_slots_so_that_a_waiting_sample_proceeds(tmp_path, sqlite_url, tiny_qwen3, worker):
+    bench = Bench(tmp_path, sqlite_url, tiny_qwen3, worker, room=worker.decode_slots)
+    greedy, modest = Client(bench), Client(bench, "sess-b")
+    flood = [greedy.sample(greedy.sampler(), PROMPT, num_samples=worker.decode_slots, params=LONG) for _ in range(3)]
+    step_until(bench, lambda: len(bench.engine._running) == 1)
+    short = modest.sample(modest.sampler(), PROMPT)
+    bench.engine.step()
+    assert short not in bench.engine._running
+    assert bench.jobs.cancel(*flood) == 3
+    (done,) = bench.run(short)
+    assert len(tokens_of(done)[0]) == 6
+    for job in bench.run(*flood):
+        fails(job, "user", "Cancelled")
+    assert not bench.worker.sampling
+    assert not bench.engine._running
+    assert not bench.engine._waiting
+
+
+def test_a_cancelled_sample_leaves_its_neighbours_as_they_were(bench):
+    client = Client(bench)
+    base = client.sampler()
+    (alone,) = bench.run(client.sample(base, PROMPT, params={"max_tokens": 40}))
+    victim = client.sample(base, PROMPT, num_samples=4, params=LONG)
+    neighbour = client.sample(base, PROMPT, params={"max_tokens": 40})
+    step_until(bench, lambda: {victim, neighbour} <= set(bench.engine._running))
+    bench.engine.step()
+    assert bench.jobs.cancel(victim) == 1
+    assert bench.jobs.cancel(victim) == 0
+    (done,) = bench.run(neighbour)
+    assert tokens_of(done) == tokens_of(alone)
+    assert bench.jobs.cancel(neighbour) == 0
+    assert bench.jobs.get(neighbour).status == "done"
+
+
+def test_training_that_has_started_goes_on(bench):
+    client = Client(bench)
+    bench.run(client.create())
+    train, step = client.train(), client.step()
+    bench.engine._claim()
+    assert bench.jobs.cancel(train, step) == 0
+    assert [job.status for job in bench.run(train, step)] == ["done", "done"]
+
+
+def test_a_sample_that_waits_for_its_snapshot_can_be_cancelled(tmp_path, sqlite_url, tiny_qwen3):
+    bench = Bench(tmp_path, sqlite_url, tiny_qwen3)
+    client = Client(bench)
+    bench.run(client.create(), client.train(), client.step())
+    save, sampler = client.snapshot()
+    bench.run(save)
+    bench.restart()
+    blocked = client.sample(sampler, PROMPT)
+    step_until(bench, lambda: blocked in bench.engine._blocked)
+    bench.jobs.cancel(blocked)
+    bench.engine.step()
+    assert blocked not in bench.engine._blocked
+    assert blocked not in bench.engine._waiting
+    assert len(tokens_of(bench.run(client.sample(sampler, PROMPT))[0])[0]) == 6
+
+
+def test_an_engine_does_not_start_again_what_was_cancelled_in_its_predecessor(bench):
+    client = Client(bench)
+    sample = client.sample(client.sampler(), PROMPT)
+    assert [job.request_id for job in bench.jobs.claim(BASE, 1)] == [sample]
+    bench.jobs.cancel(sample)
+    bench.engine.run(lambda: True)
+    assert bench.jobs.take_cancelled(BASE) == []
+    fails(bench.jobs.get(sample), "user", "Cancelled")
+
+
+def test_a_sample_that_runs_for_long_is_marked_as_started(bench):
+    client = Client(bench)
+    base = client.sampler()
+    sample = client.sample(base, PROMPT, params=LONG)
+    step_until(bench, lambda: bench.jobs.get(sample).started_at is not None)
+    assert bench.jobs.get(sample).status == "running"
+    (short,) = bench.run(client.sample(base, PROMPT))
+    assert short.started_at is None, "it was over within the second: no write for it"
+    bench.jobs.cancel(sample)
+    bench.engine.step()
 
 
 # ---- stable_reinforce ----

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tx.errors import InvalidInput
-from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, open_database, reading, writing
+from tx.errors import InvalidInput, Overloaded
+from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, now, open_database, reading, writing
 from tx.tinker.jobs import Appended, JobTable, NewJob, Outcome
 from tx.tinker.notify import ChangeSignal
 
@@ -29,6 +29,13 @@ def jobs(db):
 
 def new(seq: int | None, kind: str = "forward_backward", model_id: str | None = "s:train:0", **values) -> NewJob:
     return NewJob(kind=kind, base_model=BASE, payload=b"body", session_id="s", model_id=model_id, seq_id=seq, **values)
+
+
+def sample(seq: int | None, sampler_id: str | None = "s:sample:0", num_sequences: int = 1, **values) -> NewJob:
+    values = {"base_model": BASE, "session_id": "s"} | values
+    return NewJob(
+        kind="sample", payload=b"body", sampler_id=sampler_id, seq_id=seq, num_sequences=num_sequences, **values
+    )
 
 
 def ids(answers: list[Appended | InvalidInput]) -> list[int]:
@@ -157,25 +164,28 @@ def test_a_failing_commit_leaves_nothing_behind(db, jobs):
 
 
 @pytest.mark.parametrize(
-    ("act", "moves_from"),
+    ("act", "kind", "moves_from"),
     [
-        ("commit", {"pending": "done", "running": "done"}),
-        ("fail", {"pending": "failed", "running": "failed"}),
-        ("cancel", {"pending": "failed"}),
-        ("requeue", {"running": "pending"}),
-        ("claim", {"pending": "running"}),
+        ("commit", "optim_step", {"pending": "done", "running": "done"}),
+        ("fail", "optim_step", {"pending": "failed", "running": "failed"}),
+        ("cancel", "optim_step", {"pending": "failed"}),
+        ("cancel", "sample", {"pending": "failed", "running": "failed"}),
+        ("requeue", "optim_step", {"running": "pending"}),
+        ("claim", "optim_step", {"pending": "running"}),
+        ("start", "sample", {}),
     ],
 )
 @pytest.mark.parametrize("state", ["pending", "running", "done", "failed"])
-def test_every_arrow_of_the_state_machine_and_no_other(sqlite_url, act, moves_from, state):
+def test_every_arrow_of_the_state_machine_and_no_other(sqlite_url, act, kind, moves_from, state):
     jobs = JobTable(open_database(sqlite_url))
-    (request,) = ids(jobs.append([new(1)]))
+    (request,) = ids(jobs.append([sample(1) if kind == "sample" else new(1, kind=kind)]))
     verbs: dict[str, Callable[[], object]] = {
         "commit": lambda: jobs.commit([Outcome(request, b"second")]),
         "fail": lambda: jobs.fail(request, "because", "server"),
         "cancel": lambda: jobs.cancel(request),
         "requeue": lambda: jobs.requeue(BASE),
         "claim": lambda: jobs.claim(BASE, 1),
+        "start": lambda: jobs.start([request]),
     }
     reach = {"pending": [], "running": ["claim"], "done": ["claim", "commit"], "failed": ["claim", "fail"]}
     [verbs[verb]() for verb in reach[state]]
@@ -186,6 +196,130 @@ def test_every_arrow_of_the_state_machine_and_no_other(sqlite_url, act, moves_fr
     assert after.status == moves_from.get(state, state)
     if state in ("done", "failed"):
         assert after.model_dump() == before.model_dump(), "a finished job keeps its first outcome"
+
+
+def test_a_cancelled_job_is_handed_to_the_engine_that_had_it_once(jobs):
+    pending, running, other, training, done = ids(
+        jobs.append([sample(0), sample(1), sample(2, base_model="other"), new(1), sample(3)])
+    )
+    jobs.commit([Outcome(done, b"r")])
+    assert [job.request_id for job in jobs.claim(BASE, 9)] == [pending, running, training]
+    assert jobs.requeue(BASE) == 3
+    assert [job.request_id for job in jobs.claim(BASE, 9, kinds=["optim_step", "forward_backward"])] == [training]
+    jobs.claim("other", 1)
+    assert jobs.cancel(pending) == 1, "no engine has it"
+    assert jobs.take_cancelled(BASE) == []
+    (running_again,) = ids(jobs.append([sample(1)]))
+    assert running_again == running
+    jobs.claim(BASE, 9)
+    assert jobs.cancel(running, other, training, done, 999) == 2
+    assert jobs.cancel(running) == 0, "cancelled twice"
+    assert jobs.take_cancelled(BASE) == [running]
+    assert jobs.take_cancelled(BASE) == []
+    assert jobs.take_cancelled("other") == [other]
+    found = jobs.get(running)
+    assert (found.status, found.category, found.error) == ("failed", "user", "Cancelled by the client.")
+    jobs.commit([Outcome(running, b"too late")])
+    assert jobs.get(running).result is None
+    assert (jobs.get(training).status, jobs.get(done).status) == ("running", "done")
+
+
+def test_a_full_queue_refuses_new_samples_only(db):
+    jobs = JobTable(db, max_queued_samples=4)
+    first, second = ids(jobs.append([sample(0, num_sequences=3), sample(1)]))
+    jobs.claim(BASE, 1)
+    assert jobs.unfinished_sequences(BASE) == 4
+    refused, elsewhere, training, retried = jobs.append([sample(2), sample(3, base_model="other"), new(1), sample(0)])
+    assert isinstance(refused, Overloaded)
+    assert "4" in str(refused)
+    assert ids([elsewhere, training, retried])[2] == first, "a retry finds its request however full the queue is"
+    jobs.commit([Outcome(second, b"")])
+    accepted, refused = jobs.append([sample(2), sample(4)])
+    assert ids([accepted])[0] > second, "what was refused before left nothing behind"
+    assert isinstance(refused, Overloaded)
+    (huge,) = jobs.append([sample(5, num_sequences=5)])
+    assert isinstance(huge, InvalidInput), "it would be told to come back for ever"
+    assert jobs.unfinished_sequences(BASE) == 4
+
+
+def test_counting_the_queue_reads_one_index(sqlite_url):
+    """Rows hold payloads: a count that went through them would read them all, for every append."""
+    with open_database(sqlite_url).connect() as connection:
+        statement = (
+            "EXPLAIN QUERY PLAN SELECT sum(num_sequences) FROM job "
+            "WHERE status IN ('pending', 'running') AND base_model = 'm' AND num_sequences > 0"
+        )
+        steps = [row[3] for row in connection.exec_driver_sql(statement)]
+    assert any("COVERING INDEX ix_job_status_base_model" in step for step in steps), steps
+
+
+def test_completions_of_a_sampler_go_on_where_the_last_look_ended(db, jobs):
+    mine = ids(jobs.append([sample(seq) for seq in range(4)]))
+    (other,) = ids(jobs.append([sample(0, "s:sample:1")]))
+    with writing(db) as session:
+        for seq in (0, 1):
+            row = {"session_id": "s", "base_model": BASE, "served_name": BASE, "kind": "base", "created_at": now()}
+            session.add(Sampler(sampler_id=f"s:sample:{seq}", seq=seq, **row))
+    assert jobs.completions("s:sample:0", 0) == []
+    jobs.commit([Outcome(mine[2], b"123"), Outcome(other, b"")])
+    jobs.fail(mine[0], "no", "user")
+    found = jobs.completions("s:sample:0", 0)
+    assert [(one.request_id, one.seq_id, one.failed, one.num_bytes) for one in found] == [
+        (mine[2], 2, False, 3),
+        (mine[0], 0, True, None),
+    ]
+    jobs.cancel(mine[3])
+    jobs.commit([Outcome(mine[1], b"")])
+    later = jobs.completions("s:sample:0", found[-1].finish_seq)
+    assert [one.request_id for one in later] == [mine[3], mine[1]]
+    assert jobs.completions("s:sample:0", 0, limit=3) == found + later[:1]
+    assert jobs.last_finished(["s:sample:0", "s:sample:1", "nobody"]) == {
+        "s:sample:0": later[-1].finish_seq,
+        "s:sample:1": 1,
+    }
+
+
+def test_concurrent_finishes_are_never_behind_a_cursor(db):
+    """Who reads up to a finish_seq must not miss a smaller one that becomes visible later."""
+    jobs = JobTable(db)
+    requests = ids(jobs.append([sample(seq) for seq in range(60)]))
+    threads = [
+        threading.Thread(target=lambda mine=requests[n::3]: [jobs.commit([Outcome(one, b"")]) for one in mine])
+        for n in range(3)
+    ]
+    [thread.start() for thread in threads]
+    seen, cursor = [], 0
+    while len(seen) < len(requests):
+        alive = any(thread.is_alive() for thread in threads)
+        found = jobs.completions("s:sample:0", cursor)
+        seen += [one.request_id for one in found]
+        cursor = found[-1].finish_seq if found else cursor
+        assert alive or found, "a finished job was passed over"
+    [thread.join() for thread in threads]
+    assert sorted(seen) == requests
+
+
+def test_samples_whose_client_is_gone(db, jobs):
+    with writing(db) as session:
+        for name, heartbeat_at, finished_at in (("gone", 50.0, None), ("here", 150.0, None), ("ended", 150.0, 160.0)):
+            session.add(Session(session_id=name, created_at=1.0, heartbeat_at=heartbeat_at, finished_at=finished_at))
+    gone, _, ended, train = ids(
+        jobs.append(
+            [
+                *(sample(0, f"{name}:sample:0", session_id=name) for name in ("gone", "here", "ended")),
+                NewJob("optim_step", BASE, b"", session_id="gone", model_id="gone:train:0", seq_id=1),
+            ]
+        )
+    )
+    late = ids(jobs.append([sample(1, "gone:sample:0", session_id="gone")]))[0]
+    with writing(db) as session:
+        for request_id, created_at in ((gone, 60.0), (train, 60.0), (late, 110.0)):
+            session.merge(Job(**(session.get(Job, request_id).model_dump() | {"created_at": created_at})))
+    assert jobs.abandoned_samples(before=100.0) == [gone, ended], "a new request is a sign of life too"
+    assert jobs.unfinished_samples("gone") == [gone, late]
+    jobs.cancel(gone)
+    jobs.commit([Outcome(ended, b"")])
+    assert jobs.abandoned_samples(before=100.0) == []
 
 
 def test_failure_carries_message_and_category(jobs):

@@ -36,7 +36,8 @@ def other_engine(db, pid: int, heartbeat_at: float, state: str = "ready") -> Non
 def test_the_row_says_what_happens(db, sqlite_url):
     mine = Registration(db, "m", ("m", "alias"))
     assert (row(db).state, row(db).served_names, row(db).pid) == ("starting", ["m", "alias"], os.getpid())
-    mine.update("ready", card=CARD, tokenizer="org/m")
+    mine.update("ready", card=CARD, tokenizer="org/m", decode_slots=16)
+    assert row(db).decode_slots == 16
     assert (row(db).state, row(db).max_context, row(db).vocab_size, row(db).tokenizer) == ("ready", 64, 100, "org/m")
     seen, changes = row(db).heartbeat_at, ChangeSignal(sqlite_url)
     while row(db).heartbeat_at == seen:

@@ -21,8 +21,8 @@ def barrier(request_id, seq_id, model="m", kind="optim_step", **more):
     return JobHeader(request_id, kind, model_id=model, seq_id=seq_id, **more)
 
 
-def sample(request_id, session="s", sampler="s:sample:0"):
-    return JobHeader(request_id, SAMPLE, session_id=session, sampler_id=sampler)
+def sample(request_id, session="s", sampler="s:sample:0", num_sequences=1):
+    return JobHeader(request_id, SAMPLE, session_id=session, sampler_id=sampler, num_sequences=num_sequences)
 
 
 def ids(jobs):
@@ -95,6 +95,15 @@ def test_sessions_share_the_room_whoever_came_first():
     assert ids(start([*greedy, *late], room=4).start) == [1, 9, 2, 10]
     assert ids(start([*greedy[2:], *late], greedy[:2], room=2).start) == [9, 10]
     assert start(greedy, room=0).start == ()
+
+
+def test_the_room_is_counted_in_sequences():
+    groups = [sample(i, "groups", num_sequences=8) for i in range(1, 5)]
+    singles = [sample(i, "singles") for i in range(5, 15)]
+    assert ids(start(groups, room=16).start) == [1, 2]
+    assert ids(start(groups, room=1).start) == [1], "a group that is larger than the room must not wait for ever"
+    assert ids(start([*groups, *singles], room=17).start) == [1, *range(5, 13), 2]
+    assert ids(start(singles, [groups[0]], room=2).start) == [5, 6]
 
 
 # ---- properties ----

@@ -112,7 +112,8 @@ class Job(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("model_id", "seq_id"),
         UniqueConstraint("sampler_id", "seq_id"),
-        Index("ix_job_status_base_model", "status", "base_model"),
+        Index("ix_job_status_base_model", "status", "base_model", "num_sequences"),  # the queue is counted in it alone
+        Index("ix_job_sampler_id_finish_seq", "sampler_id", "finish_seq"),
         {"sqlite_autoincrement": True},  # an id is never given twice, even after rows were deleted
     )
 
@@ -138,6 +139,19 @@ class Job(SQLModel, table=True):
     created_at: float
     claimed_at: float | None = None
     finished_at: float | None = None
+    num_sequences: int = 0
+    """Of a sample: how many sequences it asks for."""
+    started_at: float | None = None
+    """Of a sample that runs for longer than an instant: when the worker got it."""
+    finish_seq: int | None = Field(default=None, sa_type=BigInteger)
+    """Order in which the jobs of one sampler finished: 1, 2, 3, …"""
+
+
+class Cancellation(SQLModel, table=True):
+    """A job that was cancelled while an engine had it, until that engine has let go of it."""
+
+    request_id: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    base_model: str
 
 
 class Engine(SQLModel, table=True):
@@ -151,6 +165,7 @@ class Engine(SQLModel, table=True):
     max_context: int = 0
     vocab_size: int = 0
     tokenizer: str = ""
+    decode_slots: int = 0
     started_at: float = 0.0
     heartbeat_at: float = 0.0
 

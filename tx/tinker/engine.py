@@ -13,7 +13,8 @@ The life of a job:
    Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
 8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server".
 
-After a crash the jobs that were running are claimed again, and models come back on their first job. It serves no HTTP.
+A sample that is cancelled meanwhile is dropped wherever it stands, and its slots go to the next. After a crash the jobs
+that were running are claimed again, and models come back on their first job. It serves no HTTP.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ MAX_WAITING_TRAINING = 256
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
 
+MARK_STARTED_EVERY_S = 1.0
 HOUSEKEEPING_EVERY_S = 60.0
 PRUNE_JOBS_AFTER_S = 7 * 86400.0
 _IDLE_WAIT_S = 0.25
@@ -64,7 +66,12 @@ _OTHER_KINDS = tuple(kind for kind in JOB_KINDS if kind != SAMPLE)
 
 
 class Engine:
-    """The loop and what it holds. One thread drives it: ``run``, or ``step`` by step in tests."""
+    """The loop and what it holds. One thread drives it: ``run``, or ``step`` by step in tests.
+
+    Args:
+        sample_room: how many sequences the worker is given at the same time; the others wait here or in the table.
+        clock: seconds, to share the device by.
+    """
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class Engine:
         base_model: str,
         *,
         sample_room: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._db = db
         self._signal = signal
@@ -82,6 +90,7 @@ class Engine:
         self._folders = folders
         self._base_model = base_model
         self._sample_room = sample_room
+        self._clock = clock
         self._jobs = JobTable(db, signal)
         self._work = Work(db, worker, folders, base_model)
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work)
@@ -92,6 +101,8 @@ class Engine:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
         self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
         self._sampling_credit_s = 0.0  # device time that sampling may use before training's next turn
+        self._unmarked: list[int] = []  # samples that started and whose rows don't say so yet
+        self._next_mark = 0.0
         self._look = True  # something may be pending in the table
         self._replan = False
         self._next_housekeeping = 0.0
@@ -101,6 +112,7 @@ class Engine:
         requeued = self._jobs.requeue(self._base_model)
         if requeued:
             log.info("%d jobs of the previous engine start again", requeued)
+        self._jobs.take_cancelled(self._base_model)  # that engine had them; nobody has them now
         while not stopping():
             if not self.step():
                 self._wait()
@@ -126,6 +138,8 @@ class Engine:
     def _claim(self) -> None:
         if not (self._look or self._signal.wait(0.0)):
             return
+        for request_id in self._jobs.take_cancelled(self._base_model):
+            self._let_go(request_id)
         num_samples = sum(header.is_sample for header, _ in self._waiting.values())
         rooms = (
             (_OTHER_KINDS, MAX_WAITING_TRAINING - (len(self._waiting) - num_samples)),
@@ -142,12 +156,23 @@ class Engine:
         request_id = job.request_id or 0
         try:
             sampler_id = job.sampler_id if job.kind == SAMPLE else made_sampler(job)
-            header = JobHeader(request_id, job.kind, job.session_id, job.model_id, job.seq_id, sampler_id)
+            header = JobHeader(
+                request_id, job.kind, job.session_id, job.model_id, job.seq_id, sampler_id, max(1, job.num_sequences)
+            )
         except InvalidInput as error:
             self._fail(job, error)
             return
         self._waiting[request_id] = header, job
         self._replan = True
+
+    def _let_go(self, request_id: int) -> None:
+        """Forget a sample that was cancelled in the table, wherever it stands; its room goes to others."""
+        self._blocked.pop(request_id, None)
+        held = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
+        if held is not None:
+            self._worker.cancel_sample(request_id)
+            self._work.forget(held[1])
+            self._replan = True
 
     # ---- 3: plan, 5: start ------------------------------------------------------------------------------------
 
@@ -157,7 +182,7 @@ class Engine:
             decision = plan(
                 [header for header, _ in self._waiting.values() if not self._is_blocked_sample(header)],
                 [header for header, _ in self._running.values()],
-                sample_room=self._sample_room - sum(header.is_sample for header, _ in self._running.values()),
+                sample_room=self._sample_room - self._num_sampling(),
                 last_barrier=self._last_barrier,
             )
             for header in decision.late:
@@ -167,6 +192,9 @@ class Engine:
             for header in decision.start:
                 if header.request_id not in self._blocked:
                     self._start(header)
+
+    def _num_sampling(self) -> int:
+        return sum(header.num_sequences for header, _ in self._running.values() if header.is_sample)
 
     def _is_blocked_sample(self, header: JobHeader) -> bool:
         """Blocked samples take no turns of others; blocked jobs of a model stay, to hold what is behind them."""
@@ -188,6 +216,8 @@ class Engine:
             return
         if outcome is None:
             self._running[header.request_id] = header, job
+            if header.is_sample:
+                self._unmarked.append(header.request_id)
             return
         if isinstance(outcome, Writing):
             self._writing[header.request_id] = job, outcome, self._writer.submit(outcome.write)
@@ -240,14 +270,14 @@ class Engine:
         So a short sample that arrives during a micro-batch is usually done before the next one starts, and a flood of
         samples leaves training half of the device.
         """
-        started = time.perf_counter()
+        started = self._clock()
         if self._worker.training and not (self._worker.sampling and self._sampling_credit_s > 0):
             self._deliver(self._slice(self._worker.train_slice, COMMUTING))
-            self._sampling_credit_s = time.perf_counter() - started
+            self._sampling_credit_s = self._clock() - started
             return True
         if self._worker.sampling:
             self._deliver(self._slice(self._worker.sample_slice, frozenset({SAMPLE})))
-            self._sampling_credit_s -= time.perf_counter() - started
+            self._sampling_credit_s -= self._clock() - started
             return True
         return False
 
@@ -273,6 +303,8 @@ class Engine:
             if done.job_id < 0:
                 self._rebuilds.take(done)
                 continue
+            if done.job_id not in self._running:
+                continue  # cancelled while its last slice ran
             header, job = self._running.pop(done.job_id)
             try:
                 if done.error is not None:
@@ -314,7 +346,12 @@ class Engine:
     # ---- now and then -----------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Delete what has expired: checkpoints, recordings, payloads and results that nobody can need."""
+        """Say which samples run; delete what has expired: checkpoints, recordings, needless payloads and results."""
+        if self._unmarked and now() >= self._next_mark:
+            self._next_mark = now() + MARK_STARTED_EVERY_S
+            # Most are over before their turn here: those cost no write.
+            self._jobs.start([request_id for request_id in self._unmarked if request_id in self._running])
+            self._unmarked.clear()
         if now() < self._next_housekeeping:
             return
         self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
@@ -345,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
             )
-            ready.registration.update("ready")
+            ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
             log.info("ready")
             engine.run(stopping.is_set)
             log.info("stopped")

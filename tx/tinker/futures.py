@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from tx.errors import InvalidInput, Overloaded
+from tx.errors import Overloaded
 from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
 
@@ -22,7 +22,7 @@ _MAX_GROUP_JOBS = 512
 _MAX_GROUP_BYTES = 32 * 2**20
 _MAX_WAITING_APPENDS = 10_000
 
-_Entry = tuple[NewJob, asyncio.AbstractEventLoop, "asyncio.Future[Appended | InvalidInput]"]
+_Entry = tuple[NewJob, asyncio.AbstractEventLoop, "asyncio.Future[Appended]"]
 
 
 class Appender:
@@ -35,16 +35,18 @@ class Appender:
         self._thread.start()
 
     async def append(self, job: NewJob) -> int:
-        """The request_id, durable when this returns; raises InvalidInput if its seq is taken by another request."""
+        """The request_id, durable when this returns.
+
+        Raises:
+            InvalidInput: its seq is taken by another request.
+            Overloaded: the queue is full; nothing was appended.
+        """
         if self._queue.qsize() >= _MAX_WAITING_APPENDS:
             raise Overloaded(f"{_MAX_WAITING_APPENDS} requests are waiting to be written; try again in a second.")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Appended | InvalidInput] = loop.create_future()
+        future: asyncio.Future[Appended] = loop.create_future()
         self._queue.put((job, loop, future))
-        answer = await future
-        if isinstance(answer, InvalidInput):
-            raise answer
-        return answer.request_id
+        return (await future).request_id
 
     def close(self) -> None:
         """Write what was handed in, then stop."""
@@ -149,7 +151,7 @@ class Watcher:
 def _resolve(future: asyncio.Future[Any], answer: Any) -> None:
     if future.done():  # the client hung up
         return
-    if isinstance(answer, Exception) and not isinstance(answer, InvalidInput):
+    if isinstance(answer, Exception):
         future.set_exception(answer)
     else:
         future.set_result(answer)

@@ -1,14 +1,16 @@
-"""The log of jobs: append, claim, commit, fail, requeue, cancel, prune. Every verb that changes a job is here.
+"""The log of jobs: append, claim, start, commit, fail, requeue, cancel, prune. Every verb that changes a job is here.
 
 ::
 
     append ─▶ pending ─claim─▶ running ─commit─▶ done
                  │  ▲             │
-                 │  └──requeue────┤          (a crash put it back)
-                 └──fail, cancel──┴─fail──▶ failed
+                 │  └──requeue────┤                    (a crash put it back)
+                 └──fail, cancel──┴─fail, cancel──▶ failed
 
-done and failed are final: an outcome that arrives for a finished job is dropped. The unique keys of ``tx.tinker.db``
-make a retried request find its first row. No HTTP, no scheduling, no decoding of payloads.
+done and failed are final: an outcome that arrives for a finished job is dropped. Samples can be cancelled until they
+are done; all other jobs only until they are claimed, because what they change is their model's history. A cancelled
+job that an engine had is also listed in ``Cancellation``, from where that engine takes it. The unique keys of
+``tx.tinker.db`` make a retried request find its first row. No HTTP, no scheduling, no decoding of payloads.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from sqlalchemy import CursorResult, func, or_, update
+from sqlalchemy import CursorResult, and_, case, delete, func, or_, text, update
+from sqlalchemy import select as select_columns
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
 from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
-from tx.errors import InvalidInput
-from tx.tinker.db import Checkpoint, Job, Sampler, now, reading, writing
+from tx.errors import InvalidInput, Overloaded
+from tx.tinker.db import Cancellation, Checkpoint, Job, Sampler, Session, now, reading, writing
 from tx.tinker.notify import ChangeSignal
 
 JOB_KINDS = (
@@ -42,8 +46,15 @@ JOB_KINDS = (
 
 Category = Literal["user", "server"]
 
+CANCELLED = "Cancelled by the client."
+
+_UNFINISHED = ("pending", "running")
+
 _IDS_PER_QUERY = 500
 """SQLite bounds the variables of one statement."""
+
+_FINISH_LOCK = 0x7478_0002
+"""Key of the PostgreSQL advisory lock under which jobs finish, so that ``finish_seq`` is the order of the commits."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class NewJob:
     payload_encoding: str | None = None
     fingerprint: str = ""
     tokens_in: int = 0
+    num_sequences: int = 0
     rows: tuple[SQLModel, ...] = ()
     error: str | None = None
 
@@ -85,19 +97,38 @@ class Outcome:
     rows: Sequence[SQLModel] = field(default=())
 
 
-class JobTable:
-    """The verbs. Any thread may call them; each call is one transaction."""
+@dataclass(frozen=True)
+class Completion:
+    """A job of a sampler that is over, in a list of them; ``finish_seq`` tells where the list goes on."""
 
-    def __init__(self, db: Database, signal: ChangeSignal | None = None) -> None:
+    request_id: int
+    seq_id: int | None
+    finish_seq: int
+    failed: bool
+    num_bytes: int | None
+
+
+class JobTable:
+    """The verbs. Any thread may call them; each call is one transaction.
+
+    Args:
+        max_queued_samples: unfinished sequences of one base model past which samples are refused (None: never).
+    """
+
+    def __init__(
+        self, db: Database, signal: ChangeSignal | None = None, *, max_queued_samples: int | None = None
+    ) -> None:
         self._db = db
         self._signal = signal
+        self._max_queued = max_queued_samples
 
-    def append(self, jobs: Sequence[NewJob]) -> list[Appended | InvalidInput]:
+    def append(self, jobs: Sequence[NewJob]) -> list[Appended | InvalidInput | Overloaded]:
         """Append all of them in one transaction; each one's outcome, in order. A bad one doesn't stop the others."""
         for attempt in range(5):
             try:
                 with writing(self._db) as session:
-                    answers = [_append_one(session, job) for job in jobs]
+                    queue = _Queue(session, self._max_queued)
+                    answers = [_append_one(session, job, queue) for job in jobs]
                 break
             except IntegrityError:
                 # Another API process appended the same request between our look and our insert: look again.
@@ -124,6 +155,7 @@ class JobTable:
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Write results and their rows durably, in one transaction; finished jobs keep their first outcome."""
         with writing(self._db) as session:
+            _take_turns(session)
             for outcome in outcomes:
                 values: dict[str, Any] = {"tokens_in": outcome.tokens_in} if outcome.tokens_in else {}
                 values.update(result=outcome.result, result_type=outcome.result_type, tokens_out=outcome.tokens_out)
@@ -136,25 +168,44 @@ class JobTable:
     def fail(self, request_id: int, error: str, category: Category, rows: Sequence[SQLModel] = ()) -> None:
         """Finish a job without a result; ``error`` is shown to the client."""
         with writing(self._db) as session:
+            _take_turns(session)
             if _finish(session, request_id, status="failed", error=error, category=category):
                 for row in rows:
                     session.merge(row)
         self._announce()
 
-    def cancel(self, request_id: int) -> bool:
-        """Fail a job that no engine has claimed yet; False if it is too late."""
-        with writing(self._db) as session:
-            done = _finish(
-                session, request_id, ("pending",), status="failed", error="Cancelled by the client.", category="user"
-            )
-        self._announce()
-        return done
+    def cancel(self, *request_ids: int, error: str = CANCELLED) -> int:
+        """Fail those that can still be cancelled (see the module's docstring); how many that were."""
+        count = 0
+        for chunk in _chunks(request_ids):
+            with writing(self._db) as session:
+                _take_turns(session)
+                count += sum(_cancel(session, request_id, error) for request_id in chunk)
+            self._announce()
+        return count
+
+    def take_cancelled(self, base_model: str) -> list[int]:
+        """The jobs that were cancelled while the engine of this base model had them; each is handed out once."""
+        query = select(Cancellation.request_id).where(Cancellation.base_model == base_model)
+        with reading(self._db) as session:
+            ids = list(session.exec(query).all())
+        for chunk in _chunks(ids):
+            with writing(self._db) as session:
+                session.exec(delete(Cancellation).where(col(Cancellation.request_id).in_(chunk)))
+        return ids
+
+    def start(self, request_ids: Collection[int]) -> None:
+        """Note that the worker has these, so that their clients needn't be told that they wait."""
+        for chunk in _chunks(request_ids):
+            with writing(self._db) as session:
+                running = update(Job).where(col(Job.request_id).in_(chunk), col(Job.status) == "running")
+                session.exec(running.values(started_at=now()))
 
     def requeue(self, base_model: str) -> int:
         """Put the running jobs of a dead engine back; how many there were."""
         with writing(self._db) as session:
             statement = update(Job).where(col(Job.status) == "running", col(Job.base_model) == base_model)
-            count = _rows(session, statement.values(status="pending", claimed_at=None))
+            count = _rows(session, statement.values(status="pending", claimed_at=None, started_at=None))
         self._announce()
         return count
 
@@ -183,6 +234,56 @@ class JobTable:
         with reading(self._db) as session:
             return session.get(Job, request_id)
 
+    def completions(self, sampler_id: str, after: int, limit: int = 1000) -> list[Completion]:
+        """Which jobs of a sampler finished after that ``finish_seq``, in order; reads no payloads and no results."""
+        failed, num_bytes = col(Job.status) == "failed", func.length(col(Job.result))
+        query = (
+            select_columns(col(Job.request_id), col(Job.seq_id), col(Job.finish_seq), failed, num_bytes)
+            .where(col(Job.sampler_id) == sampler_id, col(Job.finish_seq) > after)
+            .order_by(col(Job.finish_seq))
+            .limit(limit)
+        )
+        with reading(self._db) as session:
+            return [Completion(*row) for row in session.connection().execute(query)]
+
+    def last_finished(self, sampler_ids: Collection[str]) -> dict[str, int]:
+        """By sampler, the highest ``finish_seq`` so far (0: none). One look into the index for each."""
+        last = select(func.max(Job.finish_seq)).where(col(Job.sampler_id) == col(Sampler.sampler_id)).correlate(Sampler)
+        found: dict[str, int] = {}
+        with reading(self._db) as session:
+            for chunk in _chunks(sampler_ids):
+                query = select(Sampler.sampler_id, last.scalar_subquery()).where(col(Sampler.sampler_id).in_(chunk))
+                found.update({sampler_id: seq or 0 for sampler_id, seq in session.exec(query).all()})
+        return found
+
+    def unfinished_sequences(self, base_model: str) -> int:
+        """How many sequences of this base model wait or decode. Reads one index."""
+        with reading(self._db) as session:
+            return _unfinished_sequences(session, base_model)
+
+    def unfinished_samples(self, session_id: str) -> list[int]:
+        """The samples of a session that are neither done nor failed."""
+        query = select(Job.request_id).where(
+            Job.kind == "sample", Job.session_id == session_id, col(Job.status).in_(_UNFINISHED)
+        )
+        with reading(self._db) as session:
+            return cast(list[int], list(session.exec(query).all()))
+
+    def abandoned_samples(self, before: float) -> list[int]:
+        """Unfinished samples whose session has ended, or has given no sign of life (a heartbeat, they) since then."""
+        silent = and_(col(Session.heartbeat_at) < before, col(Job.created_at) < before)
+        query = (
+            select(Job.request_id)
+            .join(Session, col(Session.session_id) == col(Job.session_id))
+            .where(
+                Job.kind == "sample",
+                col(Job.status).in_(_UNFINISHED),
+                or_(col(Session.finished_at).is_not(None), silent),
+            )
+        )
+        with reading(self._db) as session:
+            return cast(list[int], list(session.exec(query).all()))
+
     def history(self, model_id: str) -> list[Job]:
         """The jobs of a model that went well, in seq order: what a recovery replays."""
         query = select(Job).where(Job.model_id == model_id, Job.status == "done")
@@ -192,9 +293,7 @@ class JobTable:
     def num_pending(self) -> int:
         """How many jobs are neither done nor failed."""
         with reading(self._db) as session:
-            return session.exec(
-                select(func.count()).select_from(Job).where(col(Job.status).in_(("pending", "running")))
-            ).one()
+            return session.exec(select(func.count()).select_from(Job).where(col(Job.status).in_(_UNFINISHED))).one()
 
     def prune(self, before: float) -> int:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
@@ -222,7 +321,40 @@ class JobTable:
             self._signal.announce()
 
 
-def _append_one(session: DbSession, new: NewJob) -> Appended | InvalidInput:
+class _Queue:
+    """Room for samples in one transaction: the queue is counted once, and only if a new sample asks."""
+
+    def __init__(self, session: DbSession, limit: int | None) -> None:
+        self._session = session
+        self._limit = limit
+        self._counts: dict[str, int] = {}
+
+    def admit(self, new: NewJob) -> Overloaded | InvalidInput | None:
+        """Count a sample in, or say why not."""
+        if self._limit is None or not new.num_sequences:
+            return None
+        if new.num_sequences > self._limit:
+            return InvalidInput("num_samples", new.num_sequences, f"at most {self._limit} (--max-queued-samples)")
+        if new.base_model not in self._counts:
+            self._counts[new.base_model] = _unfinished_sequences(self._session, new.base_model)
+        queued = self._counts[new.base_model]
+        if queued + new.num_sequences > self._limit:
+            return Overloaded(
+                f"{queued} sequences wait or decode and this server takes {self._limit} (--max-queued-samples); "
+                "send the request again in a second."
+            )
+        self._counts[new.base_model] += new.num_sequences
+        return None
+
+
+def _unfinished_sequences(session: DbSession, base_model: str) -> int:
+    query = select(func.sum(Job.num_sequences)).where(
+        col(Job.status).in_(_UNFINISHED), Job.base_model == base_model, col(Job.num_sequences) > 0
+    )
+    return int(session.exec(query).one() or 0)
+
+
+def _append_one(session: DbSession, new: NewJob, queue: _Queue) -> Appended | InvalidInput | Overloaded:
     first = _first_row(session, new)
     if first is not None:
         if first.kind != new.kind:
@@ -230,6 +362,9 @@ def _append_one(session: DbSession, new: NewJob) -> Appended | InvalidInput:
         if first.fingerprint != new.fingerprint:
             return InvalidInput("seq_id", new.seq_id, f"a new one: it is taken by a different {first.kind} request")
         return Appended(cast(int, first.request_id), created=False)
+    refusal = queue.admit(new)
+    if refusal is not None:
+        return refusal
     for row in new.rows:
         if isinstance(row, Sampler) and session.get(Sampler, row.sampler_id) is not None:
             return InvalidInput("sampling_session_seq_id", row.seq, "a number that this session has not used yet")
@@ -247,6 +382,7 @@ def _append_one(session: DbSession, new: NewJob) -> Appended | InvalidInput:
         payload_encoding=new.payload_encoding,
         fingerprint=new.fingerprint,
         tokens_in=new.tokens_in,
+        num_sequences=new.num_sequences,
         created_at=created,
     )
     if new.error is not None:
@@ -267,18 +403,40 @@ def _first_row(session: DbSession, new: NewJob) -> Job | None:
     return None
 
 
-def _finish(
-    session: DbSession, request_id: int, still: tuple[str, ...] = ("pending", "running"), **values: Any
-) -> bool:
+def _take_turns(session: DbSession) -> None:
+    """First in every transaction that finishes jobs: SQLite has one writer at a time, PostgreSQL needs to be told."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.connection().execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _FINISH_LOCK})
+
+
+def _finish(session: DbSession, request_id: int, still: tuple[str, ...] = _UNFINISHED, **values: Any) -> bool:
+    other = aliased(Job)
+    following = select(func.coalesce(func.max(other.finish_seq), 0) + 1).where(other.sampler_id == Job.sampler_id)
+    finish_seq = case((col(Job.sampler_id).is_not(None), following.correlate(Job).scalar_subquery()))
     statement = update(Job).where(col(Job.request_id) == request_id, col(Job.status).in_(still))
-    return _rows(session, statement.values(finished_at=now(), **values)) == 1
+    return _rows(session, statement.values(finished_at=now(), finish_seq=finish_seq, **values)) == 1
+
+
+def _cancel(session: DbSession, request_id: int, error: str) -> bool:
+    # Locked, so that no engine claims it between this look and the update.
+    query = select(Job.kind, Job.status, Job.base_model).where(Job.request_id == request_id).with_for_update()
+    found = session.exec(query).first()
+    if found is None:
+        return False
+    kind, status, base_model = found
+    still = _UNFINISHED if kind == "sample" else ("pending",)
+    if not _finish(session, request_id, still, status="failed", error=error, category="user"):
+        return False
+    if status == "running":
+        session.merge(Cancellation(request_id=request_id, base_model=base_model))
+    return True
 
 
 def _rows(session: DbSession, statement: Any) -> int:
     return cast("CursorResult[Any]", session.exec(statement.execution_options(synchronize_session=False))).rowcount
 
 
-def _chunks(ids: Collection[int]) -> Iterable[list[int]]:
+def _chunks[Id: (int, str)](ids: Collection[Id]) -> Iterable[list[Id]]:
     ordered = sorted(ids)
     for start in range(0, len(ordered), _IDS_PER_QUERY):
         yield ordered[start : start + _IDS_PER_QUERY]

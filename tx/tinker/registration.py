@@ -42,7 +42,14 @@ class Registration:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def update(self, state: str, detail: str = "", card: ModelCard | None = None, tokenizer: str | None = None) -> None:
+    def update(
+        self,
+        state: str,
+        detail: str = "",
+        card: ModelCard | None = None,
+        tokenizer: str | None = None,
+        decode_slots: int | None = None,
+    ) -> None:
         """Change what the row says, durably."""
         with self._lock:
             self._row.state, self._row.detail = state, detail
@@ -50,6 +57,8 @@ class Registration:
                 self._row.max_context, self._row.vocab_size = card.max_context, card.vocab_size
             if tokenizer is not None:
                 self._row.tokenizer = tokenizer
+            if decode_slots is not None:
+                self._row.decode_slots = decode_slots
             self._write()
 
     def close(self, state: str = "stopped", detail: str = "") -> None:

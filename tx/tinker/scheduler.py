@@ -10,7 +10,8 @@ A client sends a barrier only after all that precedes it was acknowledged, so wh
 the ids is an id that was refused, and nothing waits for it. What arrives behind a barrier that already ran is refused
 (``Plan.late``), because it can't take effect in order any more.
 
-Samples wait for the job that makes their sampler, and share ``sample_room`` round-robin between sessions.
+Samples wait for the job that makes their sampler, and share ``sample_room``, counted in sequences, round-robin between
+sessions.
 
 Example, one model, F = forward_backward, O = optim_step, arriving as F3 F2 F1 O4 F6 F5: F1 F2 F3 start at once in any
 order; O4 starts when all three have finished; then F5 and F6.
@@ -39,6 +40,7 @@ class JobHeader:
     model_id: str | None = None
     seq_id: int | None = None  # order within the model; None is "after what has arrived"
     sampler_id: str | None = None  # of a sample: where it samples; of a save: the sampler that it makes
+    num_sequences: int = 1  # of a sample: the decode slots that it wants
 
     @property
     def is_sample(self) -> bool:
@@ -71,7 +73,7 @@ def plan(
     Args:
         waiting: claimed jobs that have not started.
         running: jobs that started and have not finished.
-        sample_room: how many more sample requests the worker may be given.
+        sample_room: how many more sequences the worker may be given; the last request may overstep it.
         last_barrier: by model, the highest ``seq_id`` of a barrier that has run.
     """
     models: defaultdict[str, list[JobHeader]] = defaultdict(list)
@@ -140,18 +142,20 @@ def _interleave(queues: Iterable[list[JobHeader]]) -> list[JobHeader]:
 
 
 def _share(samples: list[JobHeader], sampling: list[JobHeader], room: int) -> list[JobHeader]:
-    """Up to ``room`` samples, each time one of the session that has the fewest running or chosen; oldest first."""
+    """Samples until ``room`` is taken, each time one of the session with the fewest sequences so far; oldest first."""
     num_running: defaultdict[str | None, int] = defaultdict(int)
     for job in sampling:
-        num_running[job.session_id] += 1
+        num_running[job.session_id] += job.num_sequences
     queues: defaultdict[str | None, deque[JobHeader]] = defaultdict(deque)
     for job in sorted(samples, key=lambda job: job.request_id):
         queues[job.session_id].append(job)
     chosen: list[JobHeader] = []
-    while queues and len(chosen) < room:
+    while queues and room > 0:
         session_id = min(queues, key=lambda key: (num_running[key], queues[key][0].request_id))
-        chosen.append(queues[session_id].popleft())
-        num_running[session_id] += 1
+        job = queues[session_id].popleft()
+        chosen.append(job)
+        room -= job.num_sequences
+        num_running[session_id] += job.num_sequences
         if not queues[session_id]:
             del queues[session_id]
     return chosen

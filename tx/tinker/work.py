@@ -105,9 +105,13 @@ class Work:
         num_tokens = sum(sequence.tokens.size for sequence in result.sequences)
         return Outcome(_id(job), codec.encode_sample(result), codec.SAMPLE_RESPONSE, tokens_out=num_tokens, rows=rows)
 
+    def forget(self, job: Job) -> None:
+        """Let go of what was noted of a job that will not be started."""
+        self._needs.pop(_id(job), None)
+
     def rows_of_failure(self, job: Job) -> list[SQLModel]:
         """Rows to commit with a failed job: a model that could not be created is marked so."""
-        self._needs.pop(_id(job), None)
+        self.forget(job)
         if job.kind not in ("create_model", "load_weights") or job.seq_id != 0:
             return []
         with reading(self._db) as session:
