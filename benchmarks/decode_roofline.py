@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tx.layers.kv_cache import num_blocks
 from tx.layers.weights import Weight
 from tx.models.config import ModelConfig
 from tx.models.loading import LoadedModel, StaticGraphDef, load_model
@@ -181,6 +182,7 @@ def step_seconds(model: LoadedModel, batch: int, flags: argparse.Namespace) -> f
         model,
         max_slots=batch,
         max_context=flags.prompt + flags.tokens,
+        kv_blocks=2 * batch * num_blocks(flags.prompt + flags.tokens),
         eos_token_ids=(),
         detokenize=lambda ids: "",
         slice_tokens=flags.slice_tokens,

@@ -33,6 +33,10 @@ BlockOf = tuple[KVBlocks, int]
 """A block and where it is: its number in an array that other prompts may share."""
 
 
+SCORED_TOGETHER = 64
+"""Positions of a prompt that are scored in one program; a piece of a prompt is a multiple of it."""
+
+
 @dataclass(frozen=True)
 class PrefillSizes:
     """What bounds one program.
@@ -203,21 +207,39 @@ class Prefill:
         return copy_to(pool, fresh, targets)
 
     def _run(self, group: Group, tokens: np.ndarray, start: int, earlier: KVBlocks | None) -> KVBlocks:
-        scoring = group.scoring
-        blocks, scores = programs.prefill(
+        blocks, hidden = programs.prefill(
             self._model.graphdef,
             self._model.weights,
             jnp.asarray(tokens),
             earlier,
             jnp.int32(start),
             self._view(group.snapshot),
-            None if scoring is None else jnp.asarray(scoring.targets(start, tokens.shape[1])),
-            None if scoring is None else scoring.draws(start),
-            num_topk=0 if scoring is None else scoring.num_topk,
+            keep_hidden=group.scoring is not None,
         )
-        if scoring is not None:
-            scoring.take(start, jax.device_get(scores))
+        if hidden is not None:
+            self._score(group, hidden, start, min(tokens.shape[1], len(group.prompt) - 1 - start))
         return blocks
+
+    def _score(self, group: Group, hidden: jax.Array, start: int, count: int) -> None:
+        """Score ``count`` hidden states, which stand at ``start``, in pieces of one size whatever there are."""
+        scoring = group.scoring
+        assert scoring is not None
+        # One length of hidden states, so that the program is one for all lengths of prompts.
+        hidden = jnp.pad(hidden, ((0, 0), (0, self.sizes.piece - hidden.shape[1]), (0, 0)))
+        for at in range(0, count, SCORED_TOGETHER):
+            if start + at + SCORED_TOGETHER <= scoring.first:
+                continue
+            scores = programs.score_piece(
+                self._model.graphdef,
+                self._model.weights,
+                hidden,
+                jnp.int32(at),
+                self._view(group.snapshot),
+                jnp.asarray(scoring.targets(start + at, SCORED_TOGETHER)),
+                scoring.draws(start + at),
+                num_topk=min(scoring.num_topk, self._model.config.vocab_size),
+            )
+            scoring.take(start + at, jax.device_get(scores))
 
     def _view(self, snapshot: Snapshot | None) -> AdapterView | None:
         if snapshot is None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from tx.layers import kv_cache
 from tx.layers.kv_cache import Continuing, Decoding, KVBlocks
@@ -70,7 +70,7 @@ class Drawn:
     topk_logprobs: Any
 
 
-@partial(jax.jit, static_argnames=("graphdef", "num_topk"))
+@partial(jax.jit, static_argnames=("graphdef", "keep_hidden"))
 def prefill(
     graphdef: Any,
     weights: Any,
@@ -78,12 +78,10 @@ def prefill(
     earlier: KVBlocks | None,
     start: Int[Array, ""],
     view: AdapterView | None,
-    targets: Int[Array, "row seq k"] | None,
-    draws: AltDraws | None,
     *,
-    num_topk: int,
-) -> tuple[KVBlocks, PromptScores | None]:
-    """Keys and values of a piece of each prompt, and its scores if there are ``targets``.
+    keep_hidden: bool,
+) -> tuple[KVBlocks, Float[Array, "row seq embed"] | None]:
+    """Keys and values of a piece of each prompt, and its hidden states for whoever scores them.
 
     The piece stands at ``start``, behind the positions in ``earlier`` (then there is one row). Padding on the right
     leaves rubbish past a prompt's end, which decoding overwrites before it looks.
@@ -92,9 +90,28 @@ def prefill(
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     place = None if earlier is None else Continuing(start)
     hidden, kept = model.hidden_states(tokens, positions, adapter=view, cache=earlier, place=place, return_cache=True)
-    if targets is None:
-        return kept, None
-    return kept, score(hidden, model.unembed_kernel(), *_head_lora(view), targets, draws, num_topk=num_topk)
+    return kept, hidden if keep_hidden else None
+
+
+@partial(jax.jit, static_argnames=("graphdef", "num_topk"))
+def score_piece(
+    graphdef: Any,
+    weights: Any,
+    hidden: Float[Array, "1 seq embed"],
+    start: Int[Array, ""],
+    view: AdapterView | None,
+    targets: Int[Array, "1 piece k"],
+    draws: AltDraws | None,
+    *,
+    num_topk: int,
+) -> PromptScores:
+    """Scores of the hidden states from ``start``, as many as there are ``targets``.
+
+    Apart from ``prefill``, or each of its lengths would exist for each kind of score.
+    """
+    model = nnx.merge(graphdef, weights)
+    here = lax.dynamic_slice_in_dim(hidden, start, targets.shape[1], axis=1)
+    return score(here, model.unembed_kernel(), *_head_lora(view), targets, draws, num_topk=num_topk)
 
 
 copy_blocks = jax.jit(kv_cache.copy_blocks, donate_argnums=0)
