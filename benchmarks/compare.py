@@ -21,6 +21,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,22 @@ Runs = dict[str, dict[str, list[float]]]
 """Server name to metric (``phase.name``) to its value in each turn."""
 
 
-def one_turn(script: Path, server: list[str], flags: list[str]) -> list[dict[str, Any]]:
-    """Run the script against one server; its JSON lines, which are printed too."""
+def one_turn(script: Path, server: list[str], flags: list[str], limit_s: float) -> list[dict[str, Any]]:
+    """Run the script against one server; its JSON lines, which are printed too.
+
+    The limit is for servers that die: some clients go on asking for ever.
+    """
     name, url, model, python = server
     command = [python, str(script), "--base-url", url, "--model", model, *flags]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        watchdog = threading.Timer(limit_s, process.kill)
+        watchdog.start()
         for line in process.stdout:
             print(f"{name}: {line}", end="", flush=True)
             lines.append(json.loads(line))
+        watchdog.cancel()
     if process.returncode:
         raise SystemExit(f"{name}: {script.name} ended with status {process.returncode}")
     return lines
@@ -89,6 +96,7 @@ def main() -> None:
     parser.add_argument("--server", nargs=4, action="append", default=[], metavar=("NAME", "URL", "MODEL", "PYTHON"))
     parser.add_argument("--script", type=Path, default=Path(__file__).with_name("sampling_bench.py"))
     parser.add_argument("--times", type=int, default=3, help="turns of each server")
+    parser.add_argument("--limit", type=float, default=3600, help="most seconds of a turn")
     parser.add_argument("--keep", type=Path, help="append every result to this file")
     parser.add_argument("--read", type=Path, nargs="+", default=[], help="results that were kept earlier")
     parser.add_argument("flags", nargs="*", help="after --: flags of the script")
@@ -96,7 +104,7 @@ def main() -> None:
     results = [json.loads(line) for file in flags.read for line in file.read_text(encoding="utf-8").splitlines()]
     for turn in range(flags.times):
         for server in flags.server:
-            for result in one_turn(flags.script, server, [*flags.flags, "--seed", str(turn)]):
+            for result in one_turn(flags.script, server, [*flags.flags, "--seed", str(turn)], flags.limit):
                 results.append({"server": server[0], "result": result})
                 if flags.keep is not None:
                     with flags.keep.open("a", encoding="utf-8") as kept:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.compare import better, collect, main, table
+from benchmarks.compare import better, collect, main, one_turn, table
 
 
 def results(server, *values):
@@ -45,3 +45,10 @@ def test_kept_results_are_read_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--read", str(tmp_path / "tx"), str(tmp_path / "peer")])
     main()
     assert "3.00×" in capsys.readouterr().out
+
+
+def test_a_turn_that_takes_too_long_is_ended(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import threading\nprint('{}', flush=True)\nthreading.Event().wait()\n")
+    with pytest.raises(SystemExit, match=r"tx: script\.py ended with status -9"):
+        one_turn(script, ["tx", "http://localhost:1", "model", sys.executable], [], limit_s=1)
