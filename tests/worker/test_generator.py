@@ -304,6 +304,45 @@ def test_random_parameters_compile_nothing_after_warm_up(model, snapshots):
     assert compiled.names == []
 
 
+def test_a_full_pool_sends_the_youngest_back_and_everyone_gets_their_tokens(model):
+    """Ten rows that grow to 5 blocks each in a pool of 12: never more than that is held, and nobody's tokens change."""
+    requests = {
+        job: (request_of(prompt_of(40, job), 2, max_tokens=250, seed=job, stop_on_eos=False), None) for job in range(5)
+    }
+    generator, most_rows, restarts = make(model, max_slots=16, kv_blocks=16, max_context=400), 0, 0
+    for job, (request, snapshot) in requests.items():
+        generator.submit(job, request, snapshot)
+    results = {}
+    while generator.has_work:
+        before = generator.num_decoding
+        results |= {outcome.job_id: outcome.result for outcome in generator.slice()}
+        restarts += generator.num_decoding < before
+        most_rows = max(most_rows, generator.num_decoding)
+        assert generator._table.num_held <= 12
+    assert most_rows >= 4
+    assert restarts
+    for job, (request, _) in requests.items():
+        for mine, theirs in zip(results[job].sequences, alone(model, request).sequences, strict=True):
+            assert mine.tokens.tolist() == theirs.tokens.tolist()
+    assert generator._table.num_held == 0
+
+
+def test_c10_what_an_overflowing_adapter_leaves_behind_harms_nobody(model, snapshots):
+    """Weights that are finite but overflow: their request fails by name, and its blocks are clean for the next."""
+    store = SnapshotStore(model, max_resident=2)
+    store.load("huge", random_state(model.config, 4, 0, scale=1e18))
+    innocent = request_of(prompt_of(30, 1), 4, max_tokens=60, seed=3, stop_on_eos=False)
+    expected = alone(model, innocent)
+    generator = make(model, max_slots=8)
+    jobs = {0: (request_of(prompt_of(90), 4, max_tokens=40, stop_on_eos=False), store.get("huge")), 1: (innocent, None)}
+    together = run(generator, jobs)
+    after = run(generator, {2: (innocent, None)})[2]
+    assert isinstance(together[0], InvalidInput)
+    for result in (together[1], after):
+        for mine, theirs in zip(result.sequences, expected.sequences, strict=True):
+            assert mine.tokens.tolist() == theirs.tokens.tolist()
+
+
 # ---- failures -------------------------------------------------------------------------------------------------------
 
 

@@ -110,12 +110,13 @@ class Prefill:
     def mates(self, group: Group, others: Sequence[Group]) -> list[Group]:
         """The group and those of ``others`` whose distinct prompts share its program; all run together or it alone.
 
-        A program exists for one row and for a full batch of rows only, so a batch less than half full isn't worth it.
-        Prompts that begin alike are better run one after the other.
+        A program exists for one row and for a full batch of rows only, so a batch less than half full isn't worth it,
+        and one that can't be remembered until its groups are seated would run for its head alone. Prompts that begin
+        alike are better run one after the other.
         """
         padded = self._padded(len(group.prompt) - 1)
         most = self.sizes.together // padded
-        if most < 2 or not self._runs_whole(group):
+        if most < 2 or most * kv_cache.num_blocks(padded) > self._remembered_blocks or not self._runs_whole(group):
             return [group]
         chosen = {_key(group): group}
         for other in others:
