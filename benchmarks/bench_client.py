@@ -83,10 +83,8 @@ class BenchClient:
         answer = self.tokenizer.encode(row["answer"] + "\n")
         tokens = prompt + answer
         weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
-        return types.Datum(
-            model_input=types.ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
-        )
+        inputs: Any = {"target_tokens": tokens[1:], "weights": weights}  # the SDK makes tensors of lists
+        return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
     def prompt(self) -> list[int]:
         """The next problem as a prompt."""

@@ -87,7 +87,7 @@ class Bench(BenchClient):
             mean = statistics.fmean(rewards)
             for sequence, reward in zip(reply.sequences, rewards, strict=True):
                 tokens, before = prompt + list(sequence.tokens), len(prompt) - 1
-                inputs = {
+                inputs: Any = {
                     "target_tokens": tokens[1:],
                     "logprobs": [0.0] * before + list(sequence.logprobs),
                     "advantages": [0.0] * before + [reward - mean] * len(sequence.tokens),

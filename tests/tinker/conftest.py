@@ -38,13 +38,15 @@ class StandInEngine:
     def start(self) -> None:
         self._thread.start()
 
-    def beat(self, state: str = "ready", age_s: float = 0.0, pid: int = 1) -> None:
+    def beat(self, state: str = "ready", age_s: float = 0.0, pid: int = 1, detail: str = "") -> None:
         with writing(self.db) as session:
             session.merge(
                 Engine(
                     base_model=BASE,
                     served_names=[ALIAS],
                     state=state,
+                    detail=detail,
+                    decode_slots=2,
                     pid=pid,
                     max_context=512,
                     tokenizer="org/tokenizer",
@@ -131,6 +133,14 @@ class Client(TestClient):
 
     def new_session(self) -> str:
         return self.ask("create_session", tags=[], user_metadata={})["session_id"]
+
+    def new_sampler(self, session: str | None = None, n: int = 0) -> str:
+        ask = {"session_id": session or self.new_session(), "sampling_session_seq_id": n, "base_model": ALIAS}
+        return self.ask("create_sampling_session", **ask)["sampling_session_id"]
+
+    def sample(self, sampler: str, seq: int = 0, status: int = 200, **extra) -> dict:
+        body = {"sampling_session_id": sampler, "seq_id": seq, "prompt": {"chunks": [{"tokens": [1, 2, 3]}]}}
+        return self.ask("asample", status, **body | extra)
 
     def new_model(self, session: str | None = None, n: int = 0, **lora) -> str:
         session = session or self.new_session()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tx.errors import InvalidInput
-from tx.tinker.db import open_database
+from tx.tinker.db import Sampler, now, open_database
 from tx.tinker.futures import Appender, Watcher
 from tx.tinker.jobs import JobTable, NewJob, Outcome
 from tx.tinker.notify import ChangeSignal
@@ -115,3 +115,29 @@ def test_waiting_ends_with_the_time_or_with_the_service(jobs, watcher):
 
     assert asyncio.run(wait(0.02, stop=False)) is False
     assert asyncio.run(wait(60, stop=True)) is False
+
+
+def test_who_waits_for_a_sampler_is_woken_by_what_it_finishes_next(jobs, watcher):
+    """Not by what finished before the waiter's cursor, and not by other samplers."""
+    samplers = [
+        Sampler(
+            sampler_id=name, session_id="s", seq=seq, base_model="m", served_name="m", kind="base", created_at=now()
+        )
+        for seq, name in enumerate("ab")
+    ]
+    first = NewJob("sample", "m", b"", sampler_id="a", seq_id=0, rows=tuple(samplers))
+    more = [NewJob("sample", "m", b"", sampler_id=name, seq_id=1) for name in "ab"]
+    one, two, other = (answer.request_id for answer in jobs.append([first, *more]))
+    jobs.commit([Outcome(one, b"")])
+
+    async def wait() -> tuple[bool, bool]:
+        current, ahead = (asyncio.create_task(watcher.wait(("a", n), 60, lambda: False)) for n in (1, 2))
+        while len(watcher._waiting) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(jobs.commit, [Outcome(other, b"")])
+        await asyncio.to_thread(jobs.commit, [Outcome(two, b"")])
+        woken = await current
+        watcher.stop()
+        return woken, await ahead
+
+    assert asyncio.run(wait()) == (True, False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.tinker.conftest import Client
 from tx.tinker.config import TxConfig
 from tx.tinker.db import RecordedSequence, now, open_database, reading, writing
-from tx.tinker.service import KEEP_RECORDINGS_S, Service, fingerprint
+from tx.tinker.db import Session as SessionRow
+from tx.tinker.service import EXPIRED_AFTER_S, KEEP_RECORDINGS_S, Service, fingerprint
 
 
 def test_names_are_known_before_the_engine_registers(service):
@@ -46,6 +48,38 @@ def test_recordings_are_swept_a_day_after_their_last_use(service):
     with reading(service.db) as session:
         assert session.get(RecordedSequence, "old") is None
         assert session.get(RecordedSequence, "new") is not None
+
+
+def test_samples_of_a_silent_session_are_cancelled_its_model_stays(config, running):
+    clock = [now()]
+    service = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+    with Client(service) as client:
+        session, other = client.new_session(), client.new_session()
+        model = client.new_model(session)
+        running.close()  # from here on nobody answers
+        mine, others = (client.sample(client.new_sampler(one)) for one in (session, other))
+        step = client.ask("optim_step", model_id=model, seq_id=1, adam_params={})
+        clock[0] += EXPIRED_AFTER_S - 1
+        assert service.cancel_abandoned() == 0
+        with writing(service.db) as db:
+            db.get(SessionRow, other).heartbeat_at = clock[0]
+        clock[0] += 2
+        assert service.cancel_abandoned() == 1
+        assert client.result(mine)["error"] == "Cancelled: its session is over."
+        for future in (others, step):
+            assert service.jobs.get(int(future["request_id"])).status == "pending"
+        assert client.ask("get_info", model_id=model)["model_id"] == model
+        client.ask("session_heartbeat", session_id=session)
+        assert client.sample(client.new_sampler(session, 1))["request_id"], "it may come back"
+    service.close()
+
+
+def test_silence_counts_from_when_we_could_hear(service, client):
+    sample = client.sample(client.new_sampler())
+    late = Service(service.config, open_database(service.config.resolved_database_url), clock=lambda: now() + 3600)
+    assert late.cancel_abandoned() == 0, "it has only just started: heartbeats could not reach it before"
+    assert service.jobs.get(int(sample["request_id"])).status == "pending"
+    late.close()
 
 
 def test_fingerprints_differ_with_content():

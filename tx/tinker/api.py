@@ -46,6 +46,7 @@ _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
 
 _SWEEP_S = 300.0
+_LOOK_FOR_ABANDONED_S = 10.0
 
 STATUS: dict[type[Exception], int] = {
     NotFound: 404,
@@ -59,14 +60,21 @@ STATUS: dict[type[Exception], int] = {
 """Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
 
 
+_LATER = {"Retry-After": "1"}
+
+
 def create_app(service_: Service) -> FastAPI:
     """The application around one service; closing the service is the caller's."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(_sweep_for_ever(service_))
+        chores = [
+            asyncio.create_task(_repeat(service_.sweep, _SWEEP_S)),
+            asyncio.create_task(_repeat(service_.cancel_abandoned, _LOOK_FOR_ABANDONED_S)),
+        ]
         yield
-        sweeper.cancel()
+        for chore in chores:
+            chore.cancel()
 
     app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
     app.state.service = service_
@@ -88,7 +96,7 @@ def status_of(error: Exception) -> int:
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
     status = status_of(error)
     if isinstance(error, TxError):
-        return _reply(status, str(error))
+        return _reply(status, str(error), _LATER if isinstance(error, Overloaded) else None)
     log.warning("Database: %s", error)
     return _reply(status, "The database is not available at the moment; try again.")
 
@@ -107,8 +115,8 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     return _reply(error.status_code, detail)
 
 
-def _reply(status: int, detail: str) -> JSONResponse:
-    return JSONResponse({"detail": detail or "No details."}, status_code=status)
+def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail or "No details."}, status_code=status, headers=headers)
 
 
 class _Gate:
@@ -176,11 +184,11 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
     return next_message
 
 
-async def _sweep_for_ever(service_: Service) -> None:
+async def _repeat(chore: Callable[[], object], every_s: float) -> None:
     while True:
-        await asyncio.sleep(_SWEEP_S)
+        await asyncio.sleep(every_s)
         try:
-            await asyncio.to_thread(service_.sweep)
+            await asyncio.to_thread(chore)
         except Exception:  # next time it may work; the service must not end for it
             log.exception("Housekeeping failed")
 

@@ -80,28 +80,32 @@ class Appender:
             _call(loop, _resolve, future, answer)
 
 
+type Awaited = int | tuple[str, int]
+"""What a waiter waits for: a request, or whatever a sampler finishes after a ``finish_seq``."""
+
+
 class Watcher:
-    """One thread that learns of commits and wakes the futures whose jobs are finished."""
+    """One thread that learns of commits and wakes those whose jobs are finished."""
 
     def __init__(self, jobs: JobTable, signal: ChangeSignal) -> None:
         self._jobs = jobs
         self._signal = signal
         self._lock = threading.Lock()
-        self._waiting: dict[int, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
+        self._waiting: dict[Awaited, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
         self._someone = threading.Event()  # an idle service probes nothing
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    async def wait(self, request_id: int, timeout: float, check: Callable[[], bool]) -> bool:
-        """True once the job is finished, False after ``timeout`` seconds.
+    async def wait(self, awaited: Awaited, timeout: float, check: Callable[[], bool]) -> bool:
+        """True once it is there, False after ``timeout`` seconds.
 
         ``check`` asks the table once, in a thread, after this waiter is registered: a job that finished in between
         is not missed.
         """
         me = (asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
-            self._waiting[request_id].add(me)
+            self._waiting[awaited].add(me)
             self._someone.set()
         try:
             if await asyncio.to_thread(check):
@@ -113,9 +117,9 @@ class Watcher:
             return me[1].is_set() and not self._stopped
         finally:
             with self._lock:
-                self._waiting[request_id].discard(me)
-                if not self._waiting[request_id]:
-                    del self._waiting[request_id]
+                self._waiting[awaited].discard(me)
+                if not self._waiting[awaited]:
+                    del self._waiting[awaited]
                 if not self._waiting and not self._stopped:
                     self._someone.clear()
 
@@ -135,15 +139,23 @@ class Watcher:
             if self._stopped or not self._signal.wait(0.25):
                 continue
             with self._lock:
-                ids = list(self._waiting)
-            self._wake(self._jobs.finished_ids(ids))
+                awaited = list(self._waiting)
+            self._wake(self._arrived(awaited))
         with self._lock:
-            ids = list(self._waiting)
-        self._wake(set(ids))
+            awaited = list(self._waiting)
+        self._wake(set(awaited))
 
-    def _wake(self, ids: set[int]) -> None:
+    def _arrived(self, awaited: list[Awaited]) -> set[Awaited]:
+        arrived: set[Awaited] = set(self._jobs.finished_ids([one for one in awaited if isinstance(one, int)]))
+        of_samplers = [one for one in awaited if isinstance(one, tuple)]
+        if of_samplers:
+            last = self._jobs.last_finished({sampler_id for sampler_id, _ in of_samplers})
+            arrived.update(one for one in of_samplers if last.get(one[0], 0) > one[1])
+        return arrived
+
+    def _wake(self, arrived: set[Awaited]) -> None:
         with self._lock:
-            waiters = [waiter for request_id in ids for waiter in self._waiting.get(request_id, ())]
+            waiters = [waiter for awaited in arrived for waiter in self._waiting.get(awaited, ())]
         for loop, event in waiters:
             _call(loop, event.set)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Query, Request
@@ -18,7 +21,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, RecordedSequence, now, reading, writing
+from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
 from tx.tinker.futures import Appender, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
@@ -31,6 +34,11 @@ log = logging.getLogger(__name__)
 
 ALIVE_S = 15.0
 """An engine writes its heartbeat every second; one that was silent for longer is not counted on."""
+
+EXPIRED_AFTER_S = 120.0
+"""A client sends a heartbeat every 10 s and warns its user when none has got through for so long (protocol §2.1)."""
+
+_COUNT_EVERY_S = 1.0
 
 KEEP_RESULTS_S = 24 * 3600.0
 KEEP_RECORDINGS_S = 24 * 3600.0
@@ -54,14 +62,29 @@ class EngineProcess(Protocol):
 
 
 class Service:
-    """One API process."""
+    """One API process.
 
-    def __init__(self, config: TxConfig, db: Database, engine_process: EngineProcess | None = None) -> None:
+    Args:
+        clock: UTC seconds since the epoch, to judge heartbeats by.
+    """
+
+    def __init__(
+        self,
+        config: TxConfig,
+        db: Database,
+        engine_process: EngineProcess | None = None,
+        *,
+        clock: Callable[[], float] = now,
+    ) -> None:
         self.config = config
         self.db = db
         self.engine_process = engine_process
         self._signals = [ChangeSignal(config.resolved_database_url) for _ in range(2)]
-        self.jobs = JobTable(db, self._signals[0])
+        self._clock = clock
+        self._up_since = clock()
+        self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
+        self._count_lock = threading.Lock()
+        self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
         self.sessions = Sessions(db)
         self.appender = Appender(self.jobs)
         self.watcher = Watcher(self.jobs, self._signals[1])
@@ -124,6 +147,45 @@ class Service:
         return responses.Health.model_validate(
             {"status": status, "engine": row.state, "base_model": name, "detail": row.detail or None}
         )
+
+    def queue_state(self, job: Job) -> tuple[responses.QueueState, str | None]:
+        """Whether a job that is not finished can go on, and if not, why."""
+        engine = self.engine(job.base_model)
+        if engine is None:
+            return "paused_capacity", f"The engine of {job.base_model} has not started yet."
+        if engine.state != "ready":
+            detail = f": {engine.detail}" if engine.detail else ""
+            return "paused_capacity", f"The engine of {job.base_model} is {engine.state}{detail}."
+        if now() - engine.heartbeat_at > ALIVE_S:
+            silent_s = now() - engine.heartbeat_at
+            return "paused_capacity", f"The engine of {job.base_model} has been silent for {silent_s:.0f} s."
+        waiting = self.num_sequences(job.base_model) - engine.decode_slots
+        if job.kind != "sample" or job.started_at is not None or waiting <= 0:
+            return "active", None
+        wait = "sequence waits" if waiting == 1 else "sequences wait"
+        return "paused_capacity", f"{waiting} {wait} for {engine.decode_slots} decode slots."
+
+    def num_sequences(self, base_model: str) -> int:
+        """How many sequences wait or decode, as of at most a second ago: every poll asks."""
+        with self._count_lock:
+            counted_at, count = self._counts.get(base_model, (float("-inf"), 0))
+            if time.monotonic() - counted_at > _COUNT_EVERY_S:
+                count = self.jobs.unfinished_sequences(base_model)
+                self._counts[base_model] = time.monotonic(), count
+            return count
+
+    def cancel_abandoned(self) -> int:
+        """Cancel the samples that nobody waits for any more: their session has ended, or its heartbeats have.
+
+        Models and training are left alone: a client may come back to them.
+        """
+        before = self._clock() - EXPIRED_AFTER_S
+        if before < self._up_since:  # while we were down, no heartbeat could reach us
+            before = 0.0
+        count = self.jobs.cancel(*self.jobs.abandoned_samples(before), error="Cancelled: its session is over.")
+        if count:
+            log.info("Cancelled %d samples of sessions that have ended or fallen silent", count)
+        return count
 
     def sweep(self) -> None:
         """Housekeeping: what is past its time goes. Rows first: a folder without a row is only wasted space."""

@@ -7,7 +7,10 @@ import json
 import pytest
 from sqlmodel import select
 
-from tx.tinker.db import Job, reading
+from tests.tinker.conftest import Client
+from tx.tinker.config import TxConfig
+from tx.tinker.db import Job, open_database, reading
+from tx.tinker.service import Service
 from tx.tinker.wire import tinker_pb2 as pb
 
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
@@ -165,3 +168,39 @@ def test_a_failure_travels_through_the_future(client, sampler, running):
     future = sample(client, sampler, sampling_params={"stop": "fail me"})
     failure = client.result(future, accept="application/x-protobuf")
     assert failure == {"error": "sampling_params.stop: no", "category": "user", "request_id": future["request_id"]}
+
+
+@pytest.fixture
+def narrow(tmp_path, engine):
+    """A server that takes four sequences."""
+    config = TxConfig(
+        base_model="org/base", data_dir=tmp_path, database_url=f"sqlite:///{tmp_path / 'tx.db'}", max_queued_samples=4
+    )
+    service = Service(config, open_database(config.resolved_database_url))
+    with Client(service) as client:
+        yield client
+    service.close()
+
+
+def test_a_full_queue_is_429_and_the_same_request_succeeds_later(narrow):
+    sampler = narrow.new_sampler()
+    first = narrow.sample(sampler, 0, num_samples=3)
+    body = {"sampling_session_id": sampler, "seq_id": 1, "num_samples": 2, "prompt": PROMPT}
+    for _ in range(2):
+        refused = narrow.post("asample", json=body)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert "--max-queued-samples" in refused.json()["detail"]
+    assert len(payloads(narrow)) == 1, "nothing of it was stored"
+    assert narrow.sample(sampler, 2)["sample_sequence_ids"], "what fits is taken"
+    assert narrow.sample(sampler, 0, num_samples=3) == first, "a retry gets its id however full the queue is"
+    narrow.ask("cancel_future", request_id=first["request_id"])
+    assert narrow.post("asample", json=body).status_code == 200
+    assert narrow.sample(sampler, 3, status=400, num_samples=5)["detail"].startswith("num_samples")
+
+
+def test_training_is_taken_while_the_queue_is_full(narrow):
+    session = narrow.new_session()
+    narrow.sample(narrow.new_sampler(session), num_samples=4)
+    future = narrow.ask("create_model", session_id=session, model_seq_id=0, base_model="org/base")
+    assert future["request_id"]

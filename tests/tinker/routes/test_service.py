@@ -50,8 +50,12 @@ def test_capabilities_list_every_name(client, engine):
 
 
 def test_client_config_is_answered(client):
-    assert client.ask("client/config", sdk_version="0.38.0")["sample_max_concurrent_requests"] > 0
-    assert client.ask("client/dynamic_config", sdk_version="0.38.0")["refresh_interval_sec"] > 10
+    config = client.ask("client/config", sdk_version="0.38.0")
+    assert config["sample_max_concurrent_requests"] > 0
+    assert config["sample_use_retrieve_futures"] is True
+    dynamic = client.ask("client/dynamic_config", sdk_version="0.38.0")
+    assert dynamic["refresh_interval_sec"] > 10
+    assert dynamic["sample_cancel_enabled"] is True
 
 
 def test_telemetry_is_accepted_and_logged_within_bounds(client, caplog):
@@ -69,3 +73,4 @@ def test_metrics_count_requests_by_route(client, engine):
     text = client.get("metrics").text
     assert 'tx_http_requests_total{route="/samplers/{sampler_id}",status="404"} 2' in text
     assert "tx_engine_ready 1" in text
+    assert "tx_sequences_unfinished 0" in text

@@ -57,6 +57,17 @@ def test_a_finished_session_takes_no_more_requests(client, running):
     assert client.ask("get_info", model_id=model)["model_id"] == model, "it can still be read"
 
 
+def test_finishing_a_session_cancels_its_samples_and_nobody_elses(client):
+    session = client.new_session()
+    mine, other = client.sample(client.new_sampler(session)), client.sample(client.new_sampler())
+    create = client.ask("create_model", session_id=session, model_seq_id=0, base_model="org/base")
+    client.ask(f"sessions/{session}/finish", reason={"type": "success"})
+    failure = client.result(mine)
+    assert (failure["category"], failure["error"]) == ("user", "Cancelled: its session was finished.")
+    for future in (other, create):
+        assert client.service.jobs.get(int(future["request_id"])).status == "pending"
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

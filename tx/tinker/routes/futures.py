@@ -1,7 +1,8 @@
-"""retrieve_future: hand out a finished job's bytes, or hold the request until there are some."""
+"""Hand out a finished job's bytes, or hold the request until there are some; say which samples finished; cancel."""
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -9,8 +10,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from tx.errors import NotFound
-from tx.tinker.db import Job, now
-from tx.tinker.service import ALIVE_S, Api, Service, body
+from tx.tinker.db import Job
+from tx.tinker.jobs import Completion
+from tx.tinker.service import Api, Service, body
 from tx.tinker.wire import codec, compat, requests, responses
 
 router = APIRouter()
@@ -19,6 +21,9 @@ HOLD_S = 25.0
 """Clients cut a silent poll at 45 s and ask again at once after a 408 (protocol §2.5)."""
 
 _FINISHED = ("done", "failed")
+
+_SEQS_PER_CLONE = 10**9
+"""Copies of a sampling client number their requests from multiples of this (protocol §2.4)."""
 
 
 @router.post("/retrieve_future")
@@ -34,8 +39,9 @@ async def retrieve_future(
         job = api.jobs.get(request_id)
         return job is None or job.status in _FINISHED
 
-    if await api.watcher.wait(request_id, HOLD_S, is_finished) and job is not None and job.status not in _FINISHED:
-        await run_in_threadpool(is_finished)
+    await api.watcher.wait(request_id, HOLD_S, is_finished)
+    if job is not None and job.status not in _FINISHED:
+        await run_in_threadpool(is_finished)  # as it is now, not as it was before the wait
     if job is None:
         raise NotFound("request_id", request.request_id, "a request of this server")
     if job.status not in _FINISHED:
@@ -43,9 +49,47 @@ async def retrieve_future(
     return await run_in_threadpool(_answer, job, compat.accepts_protobuf(http.headers))
 
 
+@router.post("/retrieve_futures", response_model_exclude_none=True)
+async def retrieve_futures(
+    api: Api, request: Annotated[requests.RetrieveFutures, body(requests.RetrieveFutures)]
+) -> responses.Completions:
+    """One poll for all samples of a sampling session instead of one for each."""
+    sampler_id, clone = request.target.sampling_session_id, request.target.cloned_sampler_id
+    await run_in_threadpool(api.sessions.sampler, sampler_id)
+    deadline = time.monotonic() + min(HOLD_S, HOLD_S if request.timeout is None else request.timeout)
+    retrieved, cursor = set(request.retrieved_request_ids), request.prev_cursor
+    found: list[Completion] = []
+
+    def look() -> None:
+        nonlocal cursor
+        while not found and (page := api.jobs.completions(sampler_id, cursor)):
+            cursor = page[-1].finish_seq
+            found.extend(one for one in page if (one.seq_id or 0) // _SEQS_PER_CLONE == clone)
+
+    def is_more() -> bool:
+        return api.jobs.last_finished([sampler_id]).get(sampler_id, 0) > cursor
+
+    await run_in_threadpool(look)
+    # What other clones finish wakes us too: then look, and wait for the rest of the time.
+    while not found and await api.watcher.wait((sampler_id, cursor), deadline - time.monotonic(), is_more):
+        await run_in_threadpool(look)
+    return responses.Completions(
+        completions=[
+            responses.Completion(
+                state="failed" if one.failed else "finished",
+                request_id=str(one.request_id),
+                response_payload_uncompressed_size=one.num_bytes,
+            )
+            for one in found
+            if str(one.request_id) not in retrieved
+        ],
+        cursor=cursor,
+    )
+
+
 @router.post("/cancel_future")
 def cancel_future(api: Api, request: Annotated[requests.CancelFuture, body(requests.CancelFuture)]) -> dict[str, str]:
-    """A job that has not started fails as cancelled; one that has goes on."""
+    """A sample that is not done fails as cancelled and its slots are freed; training goes on once it has started."""
     request_id = _parse_id(request.request_id)
     if api.jobs.get(request_id) is None:
         raise NotFound("request_id", request.request_id, "a request of this server")
@@ -74,9 +118,6 @@ def _answer(job: Job, protobuf: bool) -> Response:
 
 
 def _try_again(api: Service, job: Job) -> Response:
-    engine = api.engine(job.base_model)
-    reply = responses.TryAgain(request_id=str(job.request_id))
-    if engine is None or engine.state != "ready" or now() - engine.heartbeat_at > ALIVE_S:
-        reply.queue_state = "paused_capacity"
-        reply.queue_state_reason = f"The engine of {job.base_model} is not ready."
+    state, reason = api.queue_state(job)
+    reply = responses.TryAgain(request_id=str(job.request_id), queue_state=state, queue_state_reason=reason)
     return JSONResponse(reply.model_dump(exclude_none=True), status_code=408)

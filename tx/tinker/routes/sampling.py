@@ -55,7 +55,10 @@ def get_sampler(api: Api, sampler_id: str) -> responses.Sampler:
 
 @router.post("/asample", response_model_exclude_none=True)
 async def asample(api: Api, request: Annotated[requests.Sample, body(requests.Sample)]) -> responses.Future:
-    """The reply names the sequences to come, from the request's id: a retry gets the same names."""
+    """The reply names the sequences to come, from the request's id: a retry gets the same names.
+
+    429 while the queue is full: nothing is stored, and the same request may come again.
+    """
     sampler = await run_in_threadpool(api.sessions.sampler_for_work, request.sampling_session_id)
     retry_key = fingerprint(payload_of(request))
     if request.sampling_params.seed is None:
@@ -71,6 +74,7 @@ async def asample(api: Api, request: Annotated[requests.Sample, body(requests.Sa
         payload=payload_of(request),
         fingerprint=retry_key,
         tokens_in=request.prompt.num_tokens,
+        num_sequences=request.num_samples,
     )
     request_id = await api.appender.append(job)
     return responses.Future(

@@ -33,7 +33,7 @@ def client_config(
 ) -> dict[str, int | bool]:
     """Flags for the SDK; all others keep their defaults."""
     log.debug("Client with SDK %s", request.sdk_version)
-    return {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES}
+    return {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES, "sample_use_retrieve_futures": True}
 
 
 @router.post("/client/dynamic_config")
@@ -41,7 +41,7 @@ def client_dynamic_config(
     request: Annotated[requests.ClientConfig, body(requests.ClientConfig)],
 ) -> dict[str, int | bool]:
     """Flags that the SDK asks for again from time to time."""
-    return {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
+    return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
 @router.get("/get_server_capabilities", response_model_exclude_none=True)
@@ -74,5 +74,6 @@ def metrics(api: Api) -> Response:
         "tx_engine_ready": float(api.health().status == "ok"),
         "tx_engine_restarts": float(api.engine_process.restarts if api.engine_process is not None else 0),
         "tx_jobs_unfinished": float(api.jobs.num_pending()),
+        "tx_sequences_unfinished": float(api.num_sequences(api.config.base_model_name)),
     }
     return Response(api.metrics.render(gauges), media_type="text/plain; version=0.0.4")

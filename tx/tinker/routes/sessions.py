@@ -50,8 +50,9 @@ def session_heartbeat(
 def finish_session(
     api: Api, session_id: str, request: Annotated[requests.FinishSession, body(requests.FinishSession)]
 ) -> dict[str, str]:
-    """The first end of a session stays; later requests in it are refused."""
+    """The first end of a session stays; later requests in it are refused, and nobody waits for its samples."""
     api.sessions.finish(session_id, request.reason.type, request.detail)
+    api.jobs.cancel(*api.jobs.unfinished_samples(session_id), error="Cancelled: its session was finished.")
     return {}
 
 

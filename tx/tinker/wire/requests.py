@@ -286,6 +286,23 @@ class RetrieveFuture(_Lenient):
     allow_metadata_only: bool = False
 
 
+class SamplingSessionTarget(_Lenient):
+    """Which samples retrieve_futures is about; ``cloned_sampler_id`` tells apart the copies of one client."""
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: Id
+    cloned_sampler_id: Annotated[int, Field(ge=0)] = 0
+
+
+class RetrieveFutures(_Lenient):
+    """POST retrieve_futures: what has finished since ``prev_cursor``, waiting at most ``timeout`` seconds for it."""
+
+    target: SamplingSessionTarget
+    prev_cursor: Annotated[Int64, Field(ge=0)] = 0
+    timeout: Annotated[Real, Field(ge=0)] | None = None
+    retrieved_request_ids: list[Text] = []
+
+
 class CancelFuture(_Lenient):
     """POST cancel_future."""
 

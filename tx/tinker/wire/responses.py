@@ -20,12 +20,15 @@ class Future(_Reply):
     sample_sequence_ids: list[str] | None = None
 
 
+type QueueState = Literal["active", "paused_capacity", "paused_rate_limit"]
+
+
 class TryAgain(_Reply):
     """A future that is not there yet (HTTP 408)."""
 
     type: Literal["try_again"] = "try_again"
     request_id: str
-    queue_state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
+    queue_state: QueueState = "active"
     queue_state_reason: str | None = None
 
 
@@ -35,6 +38,21 @@ class Failure(_Reply):
     error: str
     category: Literal["unknown", "server", "user"]
     request_id: str
+
+
+class Completion(_Reply):
+    """A sample that is over, in retrieve_futures; its result is fetched with retrieve_future."""
+
+    state: Literal["finished", "failed"]
+    request_id: str
+    response_payload_uncompressed_size: int | None = None
+
+
+class Completions(_Reply):
+    """retrieve_futures: ``cursor`` is where the next poll goes on."""
+
+    completions: list[Completion]
+    cursor: int
 
 
 class CreatedSession(_Reply):
