@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, datum, new_worker
+from tx.tinker import engine as engine_module
 from tx.tinker.db import Checkpoint, Model, RecordedSequence, Sampler, now, reading, writing
 from tx.tinker.engine import Engine
 from tx.tinker.wire import paths
@@ -332,6 +333,18 @@ def test_a_flood_of_one_tenant_does_not_keep_another_waiting(tmp_path, sqlite_ur
     bench = Bench(tmp_path, sqlite_url, tiny_qwen3, worker, room=4)
     greedy, modest = Client(bench, "sess-a"), Client(bench, "sess-b")
     flood = [greedy.sample(greedy.sampler(), PROMPT) for _ in range(24)]
+    mine = modest.sample(modest.sampler(), PROMPT)
+    bench.run(mine)
+    assert len(bench.jobs.finished_ids(flood)) <= 8
+    bench.run(*flood)
+
+
+def test_a_flood_longer_than_the_engines_memory_does_not_either(tmp_path, sqlite_url, tiny_qwen3, worker, monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_WAITING_SAMPLES", 8)
+    bench = Bench(tmp_path, sqlite_url, tiny_qwen3, worker, room=2)
+    greedy, modest = Client(bench, "sess-a"), Client(bench, "sess-b")
+    flood = [greedy.sample(greedy.sampler(), PROMPT) for _ in range(48)]
+    bench.engine.step()
     mine = modest.sample(modest.sampler(), PROMPT)
     bench.run(mine)
     assert len(bench.jobs.finished_ids(flood)) <= 8

@@ -139,6 +139,16 @@ def test_claim_takes_the_oldest_of_its_base_model(jobs):
     assert [job.base_model for job in jobs.claim("other", 9)] == ["other"]
 
 
+def test_claiming_in_turn_takes_of_every_session(jobs):
+    names = [*["greedy"] * 6, "late", "late", None]
+    requests = ids(jobs.append([sample(None, f"{name}:sample:0", session_id=name) for name in names]))
+    first = jobs.claim(BASE, 4, kinds=["sample"], in_turn=True)
+    assert [job.request_id for job in first] == [requests[n] for n in (0, 1, 6, 8)]
+    second = jobs.claim(BASE, 9, kinds=["sample"], in_turn=True)
+    assert [job.request_id for job in second] == [requests[n] for n in (2, 3, 4, 5, 7)]
+    assert jobs.claim(BASE, 9, in_turn=True) == []
+
+
 def test_commit_writes_result_and_rows_in_one_transaction(db, jobs):
     (request,) = ids(jobs.append([new(1, tokens_in=7, rows=(model_row(),))]))
     jobs.claim(BASE, 1)

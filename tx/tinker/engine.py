@@ -48,7 +48,7 @@ from tx.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_SAMPLES = 1024
+MAX_WAITING_SAMPLES = 256
 MAX_WAITING_TRAINING = 256
 """Claimed jobs kept in memory per sort: enough to plan with, while a flood of one sort can't lock the other out."""
 
@@ -141,13 +141,17 @@ class Engine:
         for request_id in self._jobs.take_cancelled(self._base_model):
             self._let_go(request_id)
         num_samples = sum(header.is_sample for header, _ in self._waiting.values())
+        sample_room = MAX_WAITING_SAMPLES - num_samples
+        if sample_room < MAX_WAITING_SAMPLES // 4:
+            sample_room = 0  # sharing a long queue between sessions looks at all of it: not for every single one
         rooms = (
             (_OTHER_KINDS, MAX_WAITING_TRAINING - (len(self._waiting) - num_samples)),
-            (_SAMPLING_KINDS, MAX_WAITING_SAMPLES - num_samples),
+            (_SAMPLING_KINDS, sample_room),
         )
         self._look = False
         for kinds, room in rooms:
-            claimed = self._jobs.claim(self._base_model, room, kinds) if room > 0 else []
+            in_turn = kinds == _SAMPLING_KINDS
+            claimed = self._jobs.claim(self._base_model, room, kinds, in_turn=in_turn) if room > 0 else []
             for job in claimed:
                 self._admit(job)
             self._look |= len(claimed) >= room  # there may be more: look again without being woken

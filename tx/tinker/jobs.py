@@ -137,17 +137,27 @@ class JobTable:
         self._announce()
         return answers
 
-    def claim(self, base_model: str, limit: int, kinds: Collection[str] | None = None) -> list[Job]:
-        """The oldest pending jobs of one base model, now running, in order of request_id."""
+    def claim(
+        self, base_model: str, limit: int, kinds: Collection[str] | None = None, *, in_turn: bool = False
+    ) -> list[Job]:
+        """The oldest pending jobs of one base model, now running; they come in order of request_id.
+
+        ``in_turn``: the oldest of each session, then the second of each, and so on. This looks at all that is pending.
+        """
         pending = select(Job.request_id).where(Job.status == "pending", Job.base_model == base_model)
         if kinds is not None:
             pending = pending.where(col(Job.kind).in_(kinds))
-        pending = pending.order_by(col(Job.request_id)).limit(limit)
         with reading(self._db) as session:
             if session.exec(pending.limit(1)).first() is None:
                 return []  # the usual answer while idle: no write transaction for it
         with writing(self._db) as session:
-            ids = session.exec(pending.with_for_update(skip_locked=True)).all()
+            chosen = pending.order_by(col(Job.request_id)).limit(limit)
+            if in_turn:
+                turn = func.row_number().over(partition_by=col(Job.session_id), order_by=col(Job.request_id))
+                ranked = pending.add_columns(turn.label("turn")).subquery().c
+                first = select_columns(ranked.request_id).order_by(ranked.turn, ranked.request_id).limit(limit)
+                chosen = pending.where(col(Job.request_id).in_(first))
+            ids = session.exec(chosen.with_for_update(skip_locked=True)).all()
             session.exec(update(Job).where(col(Job.request_id).in_(ids)).values(status="running", claimed_at=now()))
             claimed = session.exec(select(Job).where(col(Job.request_id).in_(ids)).order_by(col(Job.request_id)))
             return list(claimed.all())

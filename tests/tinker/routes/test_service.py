@@ -52,7 +52,7 @@ def test_capabilities_list_every_name(client, engine):
 def test_client_config_is_answered(client):
     config = client.ask("client/config", sdk_version="0.38.0")
     assert config["sample_max_concurrent_requests"] > 0
-    assert config["sample_use_retrieve_futures"] is True
+    assert config["sample_use_retrieve_futures"] is False
     dynamic = client.ask("client/dynamic_config", sdk_version="0.38.0")
     assert dynamic["refresh_interval_sec"] > 10
     assert dynamic["sample_cancel_enabled"] is True
