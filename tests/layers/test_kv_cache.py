@@ -58,12 +58,3 @@ def test_write_puts_each_row_at_its_position_in_its_block():
     assert isinstance(after, LayerBlocks)
     assert (after.k == expected.k).all()
     assert (after.v == expected.v).all()
-
-
-def test_copy_blocks_copies_the_first_ones_of_the_list():
-    pool, source = _filled(4), _filled(3, start=1000.0)
-    after = kv_cache.copy_blocks(pool, source, jnp.array([2, 0, 1]), jnp.array([0, 3, 1]), jnp.int32(2))
-    for old, new, of in zip(*map(jax.tree.leaves, (pool, after, source)), strict=True):
-        assert (new[0] == of[2]).all()
-        assert (new[3] == of[0]).all()
-        assert (new[1:3] == old[1:3]).all()

@@ -16,6 +16,7 @@ from flax import nnx
 from tests.golden import tiny_specs as specs
 from tests.support import golden_models as run
 from tx.layers import kv_cache, stack
+from tx.worker.programs import copy_blocks
 
 TOKENS = jnp.asarray(specs.tokens()[:, :20])
 
@@ -71,7 +72,7 @@ def test_a_prompt_in_pieces_equals_one_pass(model):
         )
         parts.append(part)
         zero, here = jnp.array([0]), jnp.array([number])
-        earlier = kv_cache.copy_blocks(earlier, blocks, zero, here, jnp.int32(1))
+        earlier = copy_blocks(earlier, blocks, zero, here, jnp.int32(1))
     assert np.max(np.abs(jnp.concatenate(parts, axis=1) - whole)) <= 1e-4
     for kept, new in zip(earlier.layers, fresh.layers, strict=True):
         assert np.max(np.abs(kept.k[:3] - new.k)) <= 1e-4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tx.layers import kv_cache
-from tx.layers.kv_cache import BLOCK
+from tx.layers.kv_cache import BLOCK, KVBlocks, LayerBlocks
 from tx.models.loading import load_model
 from tx.worker import programs
 from tx.worker.mesh import make_mesh
@@ -85,6 +85,24 @@ def test_most_likely_tokens_beside_the_drawn(model):
     assert (drawn.topk_ids[0, :4, 0] == drawn.tokens[0, :4]).all()
     assert (drawn.topk_logprobs[0, :4, 0] == drawn.logprobs[0, :4]).all()
     assert (np.diff(drawn.topk_logprobs[0, :4], axis=-1) <= 0).all()
+
+
+def filled(blocks, start=1.0):
+    """A pool of two layers whose every number is another."""
+    layer = lambda at: LayerBlocks(
+        *(at + x + jnp.arange(blocks * 3 * 2 * BLOCK).reshape(blocks, 3, 2, BLOCK) for x in (0.0, 0.5))
+    )
+    return KVBlocks((layer(start), layer(start + 10000)))
+
+
+def test_copy_blocks_copies_the_first_ones_of_the_list():
+    pool, source = filled(4), filled(3, start=1000.0)
+    before = jax.device_get(pool)
+    after = programs.copy_blocks(pool, source, jnp.array([2, 0, 1]), jnp.array([0, 3, 1]), jnp.int32(2))
+    for old, new, of in zip(*map(jax.tree.leaves, (before, after, source)), strict=True):
+        assert (new[0] == of[2]).all()
+        assert (new[3] == of[0]).all()
+        assert (new[1:3] == old[1:3]).all()
 
 
 def test_clear_blocks(model):

@@ -13,7 +13,7 @@ from tx.worker import sampling
 VOCAB = 700  # three blocks, the last one partly padding
 
 program = jax.jit(sampling.sample)
-kept_tokens = jax.jit(sampling._kept)
+least_kept = jax.jit(sampling._floor)
 
 
 def keys(rows, seed=7):
@@ -169,7 +169,9 @@ def test_a_token_of_probability_zero_is_never_drawn():
 def test_kept_tokens_are_the_definition(seed, top_k, top_p, temperature, scale):
     logits = skewed_logits(seed % 1000, scale=scale)
     scaled = jnp.asarray((logits - logits.max()) / np.float32(temperature))[None]
-    kept = kept_tokens(scaled, jnp.exp(scaled), jnp.asarray([top_k]), jnp.asarray([top_p], jnp.float32))
+    kept = (
+        scaled >= least_kept(scaled, jnp.exp(scaled), jnp.asarray([top_k]), jnp.asarray([top_p], jnp.float32))[:, None]
+    )
     kept = np.asarray(kept)[0]
     values = np.asarray(scaled)[0]
     probabilities = np.exp(values.astype(np.float64))

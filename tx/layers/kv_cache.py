@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -142,21 +141,3 @@ def write(
         blocks.k.at[target, :, :, at].set(k.astype(blocks.k.dtype), mode="drop"),
         blocks.v.at[target, :, at, :].set(v.astype(blocks.v.dtype), mode="drop"),
     )
-
-
-def copy_blocks(
-    target: KVBlocks, source: KVBlocks, sources: Int[Array, "copy"], targets: Int[Array, "copy"], count: Int[Array, ""]
-) -> KVBlocks:
-    """``target`` with block ``sources[i]`` of ``source`` at ``targets[i]``, for the first ``count`` copies.
-
-    How many is data, so one program serves a single row, a large group and a move of the whole pool.
-    """
-
-    def one(i: Int[Array, ""], pool: KVBlocks) -> KVBlocks:
-        def put(to: jax.Array, of: jax.Array) -> jax.Array:
-            block = lax.dynamic_slice_in_dim(of, sources[i], 1, axis=0)
-            return lax.dynamic_update_slice_in_dim(to, block.astype(to.dtype), targets[i], axis=0)
-
-        return jax.tree.map(put, pool, source)
-
-    return lax.fori_loop(0, count, one, target)

@@ -272,8 +272,8 @@ def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int]) -
         at.append(target)
     for array, sources, at in by_array.values():
         padding = [0] * (max(_COPIES, 1 << (len(at) - 1).bit_length()) - len(at))
-        numbers = (jnp.asarray([*x, *padding], jnp.int32) for x in (sources, at))
-        pool = programs.copy_blocks(pool, array, *numbers, jnp.int32(len(at)))
+        which, where = (jnp.asarray([*x, *padding], jnp.int32) for x in (sources, at))
+        pool = programs.copy_blocks(pool, array, which, where, jnp.int32(len(at)))
     return pool
 
 

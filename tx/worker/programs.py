@@ -114,16 +114,38 @@ def score_piece(
     return score(here, model.unembed_kernel(), *_head_lora(view), targets, draws, num_topk=num_topk)
 
 
-copy_blocks = jax.jit(kv_cache.copy_blocks, donate_argnums=0)
+def copy_blocks(
+    pool: KVBlocks, source: KVBlocks, sources: Int[Array, "copy"], targets: Int[Array, "copy"], count: Int[Array, ""]
+) -> KVBlocks:
+    """``pool`` (donated) with block ``sources[i]`` of ``source`` at ``targets[i]``, for the first ``count`` copies."""
+    return jax.tree.map(lambda to, of: _copy(to, of, sources, targets, count), pool, source)
 
 
 @partial(jax.jit, donate_argnums=0)
+def _copy(target: jax.Array, source: jax.Array, sources: Any, targets: Any, count: Any) -> jax.Array:
+    """One array's part. How many is data, so one program serves a single row, a large group and a move of the pool.
+
+    A program per array, and not one for all layers: that one would take seconds to compile, for every pair of sizes.
+    """
+
+    def one(i: Int[Array, ""], to: jax.Array) -> jax.Array:
+        block = lax.dynamic_slice_in_dim(source, sources[i], 1, axis=0)
+        return lax.dynamic_update_slice_in_dim(to, block, targets[i], axis=0)
+
+    return lax.fori_loop(0, count, one, target)
+
+
 def clear_blocks(pool: KVBlocks, blocks: Int[Array, "copy"]) -> KVBlocks:
-    """Zeros in these blocks (numbers past the end are dropped).
+    """``pool`` (donated) with zeros in these blocks; numbers past the end are dropped.
 
     What a row leaves behind is masked by the next one, but only finite values are: a weight of 0 times NaN is NaN.
     """
-    return jax.tree.map(lambda x: x.at[blocks].set(0, mode="drop"), pool)
+    return jax.tree.map(lambda x: _clear(x, blocks), pool)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _clear(x: jax.Array, blocks: Int[Array, "copy"]) -> jax.Array:
+    return x.at[blocks].set(0, mode="drop")
 
 
 @partial(jax.jit, static_argnames=("graphdef", "most_steps", "num_topk"), donate_argnames="pool")
