@@ -186,6 +186,7 @@ def step_seconds(model: LoadedModel, batch: int, flags: argparse.Namespace) -> f
         eos_token_ids=(),
         detokenize=lambda ids: "",
         slice_tokens=flags.slice_tokens,
+        slice_s=math.inf,
     )
     work = requests(batch, flags, model.config.vocab_size)
     slices(generator, work)

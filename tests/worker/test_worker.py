@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tx.errors import InvalidInput, NotFound, StartupError
+from tx.layers import kv_cache
+from tx.models.loading import read_config
 from tx.types import AdamParams, Datum, Finished, ForwardBackward, LoraConfig, SampleRequest, SamplingParams
 from tx.worker.worker import Worker
 
@@ -126,3 +129,28 @@ def test_what_is_refused_names_its_field(worker: Worker) -> None:
 def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"config\.json"):
         Worker(tmp_path, "nothing")
+
+
+def test_memory_for_keys_and_values_bounds_the_context_and_the_slots(tiny_qwen3):
+    """Four blocks of 64 tokens: a row can't be longer than that, and there are no more slots than short rows."""
+    config = read_config(tiny_qwen3)
+    memory = 4 * kv_cache.block_bytes(config, jnp.float32)
+    assert config.max_position_embeddings > 4 * 64
+    asked = Worker(tiny_qwen3, "tiny", kv_cache_memory=memory, sample_max_num_sequences=9)
+    assert asked.decode_slots == 9
+    worker = Worker(tiny_qwen3, "tiny", kv_cache_memory=memory)
+    assert worker.decode_slots == 1
+    fits = SampleRequest(np.ones(250, np.int32), 1, SamplingParams(max_tokens=2))
+    worker.submit_sample(0, fits, None)
+    with pytest.raises(InvalidInput, match="prompt.*at most 255"):
+        worker.submit_sample(1, SampleRequest(np.ones(256, np.int32), 1, SamplingParams()), None)
+    finished = []
+    while worker.sampling:
+        finished += worker.sample_slice()
+    assert [done.job_id for done in finished] == [0]
+    assert len(finished[0].result.sequences[0].tokens) in (1, 2)
+
+
+def test_too_little_memory_for_keys_and_values_is_refused(tiny_qwen3):
+    with pytest.raises(StartupError, match="--kv-cache-memory: 1000 bytes are too few"):
+        Worker(tiny_qwen3, "tiny", kv_cache_memory=1000)

@@ -132,6 +132,18 @@ class Attention(nnx.Module):
         return platform == "gpu"
 
 
+def kernels(mesh: Mesh, dtype: Any, head_dim: int) -> str:
+    """What runs where on this mesh's devices, for the log."""
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    fused = on_gpu and _cudnn_takes(jnp.dtype(dtype), head_dim)
+    summed = "a product per row" if on_gpu else "segment sums"
+    return f"{'cuDNN' if fused else 'XLA'} inside a prompt, XLA over blocks ({summed}) when decoding"
+
+
+def _cudnn_takes(dtype: Any, head_dim: int) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256
+
+
 def causal_attention(q: Queries, k: Keys, v: Keys, *, on_gpu: bool = False) -> Queries:
     """Position i of a row attends to positions 0 … i of that row."""
     fused = _cudnn(q, k, v, is_causal=True) if on_gpu else None
@@ -244,7 +256,7 @@ def continued_attention(
 
 def _cudnn(q: Queries, k: Keys, v: Keys, **which: Any) -> Queries | None:
     """The fused kernel, or None where cuDNN has none for these types and shapes (it says so while tracing)."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+    if not _cudnn_takes(q.dtype, q.shape[-1]):
         return None
     try:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **which)

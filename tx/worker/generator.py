@@ -45,9 +45,6 @@ from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.25
-"""What a decode slice should take: whoever arrives meanwhile, a prompt or a training micro-batch, waits for its end."""
-
 _MIN_TOPK = 8
 """Decoding with the most likely tokens is compiled for powers of two from here."""
 
@@ -66,6 +63,8 @@ class Generator:
         eos_token_ids: tokens that end a row unless its request says otherwise.
         detokenize: token ids to text, for stop strings.
         slice_tokens: most tokens per row between two looks of the host.
+        slice_s: what a decode slice should take, as far as it is not shorter than one token: whoever arrives meanwhile,
+            a prompt or a training micro-batch, waits for its end.
     """
 
     def __init__(
@@ -78,6 +77,7 @@ class Generator:
         eos_token_ids: Sequence[int],
         detokenize: Detokenize,
         slice_tokens: int = 8,
+        slice_s: float = 0.25,
     ) -> None:
         prompt_blocks = int(kv_blocks * PROMPT_SHARE)
         self._model = model
@@ -87,6 +87,7 @@ class Generator:
         self._eos = tuple(eos_token_ids)
         self._detokenize = detokenize
         self._slice_tokens = min(slice_tokens, BLOCK)
+        self._slice_s = slice_s
         self._groups: dict[int, Group] = {}
         self._slots = DecodeSlots(max_slots)
         self._table = BlockTable()
@@ -276,10 +277,14 @@ class Generator:
         return steps
 
     def _steps(self) -> int:
-        """Steps that take about SLICE_S, all of them while a size is new."""
+        """Steps that take about ``slice_s``, all of them while a size is new."""
         rows = bucket_rows(len(self._slots.seats), self._max_slots)
         step_s = self._step_s.get((rows, self._table.num_blocks), 0.0)
-        return min(self._slice_tokens, max(1, int(SLICE_S / step_s))) if step_s else self._slice_tokens
+        return (
+            min(self._slice_tokens, max(1, int(self._slice_s / step_s)))
+            if step_s and self._slice_s < np.inf
+            else self._slice_tokens
+        )
 
     def _length_needed(self, seat: Seat, steps: int) -> int:
         """Positions of a row that its next slice reads or writes."""

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from tx import types
 from tx.errors import InvalidInput, NotFound, StartupError
-from tx.layers import kv_cache
+from tx.layers import attention, kv_cache
 from tx.layers.kv_cache import BLOCK
 from tx.models.loading import LoadedModel, load_model
 from tx.worker import memory
@@ -37,7 +37,10 @@ CPU_DECODE_SLOTS = 64
 """A CPU's matrix products gain until about 64 rows; more add latency, hardly tokens per second."""
 GPU_DECODE_SLOTS = 256
 
-MIN_KV_BLOCKS = 8
+BLOCKS_PER_SLOT = 4
+"""Of a default number of slots: memory for rows of 256 tokens."""
+
+MIN_KV_BLOCKS = 4
 """Fewer can't hold two short rows and their prompts."""
 
 CPU_MICRO_BATCH_TOKENS = 512
@@ -116,8 +119,15 @@ class Worker:
             gradient_checkpointing=gradient_checkpointing,
             max_context=self.card.max_context,
         )
-        self.decode_slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
-        kv_blocks = self._kv_blocks(kv_cache_memory, self.decode_slots)
+        slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
+        kv_blocks = self._kv_blocks(kv_cache_memory, slots)
+        # By default no more slots than the memory has short rows for: a seat without blocks is only sent back.
+        self.decode_slots = sample_max_num_sequences or max(1, min(slots, kv_blocks // BLOCKS_PER_SLOT))
+        log.info(
+            "%d decode slots; attention: %s",
+            self.decode_slots,
+            attention.kernels(mesh, self._model.dtype, config.head_dim),
+        )
         self._generator = Generator(
             self._model,
             max_slots=self.decode_slots,
