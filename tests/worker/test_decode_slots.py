@@ -4,13 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tx.worker.decode_slots import (
+    COMPILE_S,
     ROW_BUCKETS,
     DecodeSlots,
     Seat,
+    Sizes,
     bucket_blocks,
     bucket_prefill_length,
     bucket_rows,
-    choose_pool,
 )
 
 
@@ -44,13 +45,21 @@ def test_buckets_by_example():
     assert [bucket_prefill_length(length, 400) for length in (1, 33, 65, 97, 300, 390)] == [32, 48, 96, 128, 384, 400]
 
 
-def test_the_pool_grows_at_once_and_shrinks_only_when_it_pays():
-    assert choose_pool(16, 64, 16, ()) == 64
-    assert choose_pool(64, 32, 8, ()) == 32  # both would compile
-    assert choose_pool(64, 32, 8, {(8, 64)}) == 64
-    assert choose_pool(64, 32, 8, {(8, 64), (8, 32)}) == 32
-    assert choose_pool(64, 32, 8, {(16, 64)}) == 32
-    assert choose_pool(64, 16, 4, {(4, 64)}) == 16
+def test_a_new_size_is_compiled_once_the_known_one_has_wasted_as_much():
+    sizes = Sizes()
+    assert sizes.choose((16, 64), 8) == (16, 64)  # nothing else is there
+    sizes.note((16, 64), 9.0)  # it compiled
+    assert sizes.step_s == {(16, 64): 0.0}
+    sizes.note((16, 64), 0.1)
+    assert sizes.choose((32, 128), 8) == (32, 128)  # nothing that is there is large enough
+    wasted_each = 8 * 0.1 * (1 - 4 / 16) / 2
+    enough = next(n for n in range(1, 100) if n * wasted_each >= COMPILE_S)
+    assert [sizes.choose((4, 16), 8) for _ in range(enough - 1)] == [(16, 64)] * (enough - 1)
+    assert sizes.choose((4, 16), 8) == (4, 16)
+    sizes.note((4, 16), 5.0)
+    assert sizes.choose((4, 16), 8) == (4, 16)
+    assert sizes.choose((1, 4), 8) == (4, 16)
+    assert sizes.choose((4, 32), 8) == (16, 64)  # more blocks than (4, 16) has
 
 
 def test_owners_take_turns():

@@ -142,7 +142,7 @@ def test_memory_for_keys_and_values_bounds_the_context_and_the_slots(tiny_qwen3)
     assert worker.decode_slots == 1
     fits = SampleRequest(np.ones(250, np.int32), 1, SamplingParams(max_tokens=2))
     worker.submit_sample(0, fits, None)
-    with pytest.raises(InvalidInput, match="prompt.*at most 255"):
+    with pytest.raises(InvalidInput, match=r"prompt.*at most 255"):
         worker.submit_sample(1, SampleRequest(np.ones(256, np.int32), 1, SamplingParams()), None)
     finished = []
     while worker.sampling:

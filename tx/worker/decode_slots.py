@@ -11,13 +11,20 @@ Not here: tokens, arrays, blocks of the KV pool, or when a row ends.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Sizes of the decode batch. Each is one more program to compile per size of pool; a step's cost follows the bucket."""
 
 MIN_BLOCKS_PER_ROW = 4
+
+COMPILE_S = 4.0
+"""What a decode program of a small model takes to compile on a CPU; larger models waste more per step, too."""
+
+Size = tuple[int, int]
+"""Rows and blocks of a decode program."""
+
 MIN_PREFILL_LENGTH = 32
 
 
@@ -51,15 +58,32 @@ def bucket_prefill_length(length: int, limit: int) -> int:
     return min(size, limit)
 
 
-def choose_pool(current: int, wanted: int, rows: int, known: Collection[tuple[int, int]]) -> int:
-    """The size of the pool for the next slice; ``known`` are the (rows, blocks) that ran before.
+class Sizes:
+    """Which (rows, blocks) the next decode slice runs with: the one that fits, or a larger one that is compiled.
 
-    Growth is unconditional. A program of a new size costs seconds to compile, so a pool that ran with as many rows
-    before stays as it is rather than become one that did not, until three quarters of it would be gone.
+    A program of a new size costs ``COMPILE_S``. So what a larger, known one wastes is added up per missing size, and
+    the size is compiled once that much has been wasted: never more than twice what the best choice would have cost.
     """
-    if wanted >= current or wanted * 4 <= current or (rows, wanted) in known:
-        return wanted
-    return current if (rows, current) in known else wanted
+
+    def __init__(self) -> None:
+        self.step_s: dict[Size, float] = {}
+        """By size that ran before, what a step took last; 0.0 until it ran twice, as the first run compiles."""
+        self._wasted_s: dict[Size, float] = {}
+
+    def choose(self, wanted: Size, steps: int) -> Size:
+        """The size for a slice of so many steps of which ``wanted`` would be the smallest."""
+        larger = [size for size in self.step_s if size[0] >= wanted[0] and size[1] >= wanted[1]]
+        if wanted in self.step_s or not larger:
+            return wanted
+        best = min(larger, key=lambda size: (self.step_s[size], size))
+        # A step's cost grows more slowly than its rows: half of the difference is a fair guess of what is wasted.
+        wasted = steps * self.step_s[best] * (1 - wanted[0] / best[0]) / 2
+        self._wasted_s[wanted] = self._wasted_s.get(wanted, 0.0) + wasted
+        return best if self._wasted_s[wanted] < COMPILE_S else wanted
+
+    def note(self, size: Size, step_s: float) -> None:
+        """A slice of this size has run."""
+        self.step_s[size] = step_s if size in self.step_s else 0.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Sampled tokens are a function of weights, prompt, parameters and seed. Neighbour
 sizes of pool enter only through float32 rounding of the logits (about 1e-6), which moves a draw only if its random
 number lies within that of a boundary between two tokens.
 
-The pool grows with the tokens that are live, up to ``kv_blocks``, and shrinks when that pays. When it is full, the row
+The pool grows with the tokens that are live, up to ``kv_blocks``, and shrinks with them. When it is full, the row
 seated last goes back to waiting and starts again later; its seed gives the same tokens. So do all rows after a failing
 device call, out of memory above all, with half as many seats; only a row that fails alone fails its request.
 """
@@ -36,7 +36,7 @@ from tx.models.loading import LoadedModel
 from tx.types import Finished, SampleRequest
 from tx.worker import programs
 from tx.worker.block_table import BlockTable
-from tx.worker.decode_slots import DecodeSlots, Seat, bucket_blocks, bucket_rows, choose_pool
+from tx.worker.decode_slots import DecodeSlots, Seat, Size, Sizes, bucket_blocks, bucket_rows
 from tx.worker.groups import Group, check
 from tx.worker.memory import PROMPT_SHARE
 from tx.worker.prefill import Prefill, PrefillSizes, copy_to
@@ -47,9 +47,6 @@ log = logging.getLogger(__name__)
 
 _MIN_TOPK = 8
 """Decoding with the most likely tokens is compiled for powers of two from here."""
-
-_Size = tuple[int, int]
-"""Rows and blocks of a decode program."""
 
 
 class Generator:
@@ -95,7 +92,8 @@ class Generator:
         sizes = PrefillSizes.of_platform(model.mesh.devices.flat[0].platform)
         self._prefill = Prefill(model, max_context, sizes, prompt_blocks)
         self._adapters = LiveAdapters()
-        self._step_s: dict[_Size, float] = {}  # of the sizes that ran before, what a step takes
+        self._sizes = Sizes()
+        self._size: Size = (1, 0)  # of the next decode slice; its blocks are the pool's
         self._finished: list[Finished] = []
         self._decode_next = False
 
@@ -201,15 +199,15 @@ class Generator:
         assert self._pool is not None
         self._pool = copy_to(self._pool, prompt * len(seats), targets)
 
-    def _size_pool(self, rows: int, blocks: int) -> None:
-        """Give the pool a size for so many rows and blocks, which may be more than are in use."""
+    def _size_pool(self, rows: int, blocks: int, steps: int = 0) -> None:
+        """Give batch and pool a size for so many rows and blocks, which may be more than are in use."""
         rows = bucket_rows(min(rows, self._slots.limit), self._max_slots)
-        wanted = bucket_blocks(min(blocks, self._max_blocks), rows, self._max_blocks)
-        size = choose_pool(self._table.num_blocks, wanted, rows, self._step_s)
-        if self._pool is not None and size == self._table.num_blocks:
+        wanted = (rows, bucket_blocks(min(blocks, self._max_blocks), rows, self._max_blocks))
+        self._size = self._sizes.choose(wanted, steps)
+        if self._pool is not None and self._size[1] == self._table.num_blocks:
             return
-        pool = kv_cache.empty(self._model.config, size, self._model.dtype, self._model.mesh)
-        old, new = self._table.resize(size)
+        pool = kv_cache.empty(self._model.config, self._size[1], self._model.dtype, self._model.mesh)
+        old, new = self._table.resize(self._size[1])
         if self._pool is not None and len(old):
             pool = copy_to(pool, [(self._pool, int(block)) for block in old], new.tolist())
         self._pool = pool
@@ -221,7 +219,7 @@ class Generator:
         assert self._pool is not None
         seats = list(self._slots.seats)
         groups = [self._groups[seat.job_id] for seat in seats]
-        size = (bucket_rows(len(seats), self._max_slots), self._table.num_blocks)
+        size = self._size
         owners: list[Snapshot | None] = [group.snapshot for group in groups]
         owners += [None] * (size[0] - len(owners))
         most_topk = max(group.request.topk_sample_logprobs for group in groups)
@@ -238,8 +236,7 @@ class Generator:
             num_topk=min(num_topk, self._model.config.vocab_size),
         )
         drawn = jax.device_get(drawn)  # the slice's one look at the device
-        # The first run of a size compiles; what it took says nothing.
-        self._step_s[size] = (time.perf_counter() - started) / steps if size in self._step_s else 0.0
+        self._sizes.note(size, (time.perf_counter() - started) / steps)
         for row, (seat, group) in enumerate(zip(seats, groups, strict=True)):
             if seat.job_id in self._groups:  # else it failed a few rows ago
                 self._take(seat, group, drawn, row)
@@ -271,20 +268,15 @@ class Generator:
         while sum(needed) > self._max_blocks:
             needed.pop()
             self._send_back(seats[-1])
-        self._size_pool(len(seats), sum(needed))
+        self._size_pool(len(seats), sum(needed), steps)
         for seat, blocks in zip(seats, needed, strict=True):
             self._table.extend(seat, max(blocks, len(self._table.held(seat))))
         return steps
 
     def _steps(self) -> int:
-        """Steps that take about ``slice_s``, all of them while a size is new."""
-        rows = bucket_rows(len(self._slots.seats), self._max_slots)
-        step_s = self._step_s.get((rows, self._table.num_blocks), 0.0)
-        return (
-            min(self._slice_tokens, max(1, int(self._slice_s / step_s)))
-            if step_s and self._slice_s < np.inf
-            else self._slice_tokens
-        )
+        """Steps that take about ``slice_s`` at the present size, all of them while it is new."""
+        step_s = self._sizes.step_s.get(self._size, 0.0)
+        return min(self._slice_tokens, max(1, int(self._slice_s / step_s))) if step_s else self._slice_tokens
 
     def _length_needed(self, seat: Seat, steps: int) -> int:
         """Positions of a row that its next slice reads or writes."""
@@ -292,7 +284,7 @@ class Generator:
         end = len(group.prompt) + group.limit - 1  # the last token of a row is never read
         return max(len(group.prompt), min(group.position(seat.sample) + steps, end))
 
-    def _rows(self, seats: Sequence[Seat], size: _Size) -> programs.DecodeRows:
+    def _rows(self, seats: Sequence[Seat], size: Size) -> programs.DecodeRows:
         """What the device must know of each row and block."""
         num_rows, num_blocks = size
         rows = programs.DecodeRows(

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-CPU_DECODE_SLOTS = 64
-"""A CPU's matrix products gain until about 64 rows; more add latency, hardly tokens per second."""
+CPU_DECODE_SLOTS = 128
+"""A CPU's matrix products gain until about 128 rows; more add latency, hardly tokens per second."""
 GPU_DECODE_SLOTS = 256
 
 BLOCKS_PER_SLOT = 4
@@ -43,7 +43,7 @@ BLOCKS_PER_SLOT = 4
 MIN_KV_BLOCKS = 4
 """Fewer can't hold two short rows and their prompts."""
 
-CPU_MICRO_BATCH_TOKENS = 512
+CPU_MICRO_BATCH_TOKENS = 256
 GPU_MICRO_BATCH_TOKENS = 8192
 """Enough for matrix products to be compute-bound; a larger micro-batch would only make sampling wait longer."""
 
