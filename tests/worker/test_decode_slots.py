@@ -52,7 +52,7 @@ def test_a_new_size_is_compiled_once_the_known_one_has_wasted_as_much():
     assert sizes.step_s == {(16, 64): 0.0}
     sizes.note((16, 64), 0.1)
     assert sizes.choose((32, 128), 8) == (32, 128)  # nothing that is there is large enough
-    wasted_each = 8 * 0.1 * (1 - 4 / 16) / 2
+    wasted_each = 8 * 0.1 * (1 - 4 / 16) * 0.7
     enough = next(n for n in range(1, 100) if n * wasted_each >= COMPILE_S)
     assert [sizes.choose((4, 16), 8) for _ in range(enough - 1)] == [(16, 64)] * (enough - 1)
     assert sizes.choose((4, 16), 8) == (4, 16)

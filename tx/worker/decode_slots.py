@@ -19,8 +19,11 @@ ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 MIN_BLOCKS_PER_ROW = 4
 
-COMPILE_S = 4.0
+COMPILE_S = 3.0
 """What a decode program of a small model takes to compile on a CPU; larger models waste more per step, too."""
+
+_SAVED = 0.7
+"""A step's cost grows more slowly than its rows: what fewer of them save, as a share of a proportional saving."""
 
 Size = tuple[int, int]
 """Rows and blocks of a decode program."""
@@ -76,8 +79,7 @@ class Sizes:
         if wanted in self.step_s or not larger:
             return wanted
         best = min(larger, key=lambda size: (self.step_s[size], size))
-        # A step's cost grows more slowly than its rows: half of the difference is a fair guess of what is wasted.
-        wasted = steps * self.step_s[best] * (1 - wanted[0] / best[0]) / 2
+        wasted = steps * self.step_s[best] * (1 - wanted[0] / best[0]) * _SAVED
         self._wasted_s[wanted] = self._wasted_s.get(wanted, 0.0) + wasted
         return best if self._wasted_s[wanted] < COMPILE_S else wanted
 
