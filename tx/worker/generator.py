@@ -276,7 +276,7 @@ class Generator:
     def _steps(self) -> int:
         """Steps that take about ``slice_s`` at the present size, all of them while it is new."""
         step_s = self._sizes.step_s.get(self._size, 0.0)
-        return min(self._slice_tokens, max(1, int(self._slice_s / step_s))) if step_s else self._slice_tokens
+        return max(1, int(min(self._slice_tokens, self._slice_s / step_s))) if step_s else self._slice_tokens
 
     def _length_needed(self, seat: Seat, steps: int) -> int:
         """Positions of a row that its next slice reads or writes."""
