@@ -173,3 +173,16 @@ def test_the_oldest_prompts_are_forgotten(model, monkeypatch):
     for job, prompt in enumerate([*prompts, prompts[2], prompts[1], prompts[0]]):
         run(generator, {job: (request_of(prompt, max_tokens=2), None)})
     assert len(runs) == 4  # the first one again
+
+
+def test_a_prompt_that_is_cancelled_part_way_leaves_nothing(model):
+    generator = make(model)
+    generator._prefill.sizes = PrefillSizes(piece=64, together=64)
+    generator.submit(0, request_of(prompt_of(300), max_tokens=4), None)
+    generator.slice()
+    assert generator._prefill._under_way is not None
+    generator.cancel(0)
+    assert generator._prefill._under_way is None
+    assert not generator.has_work
+    request = request_of(prompt_of(300, 1), max_tokens=4, seed=2, stop_on_eos=False)
+    check_logprobs(model, request, None, run(generator, {1: (request, None)})[1].sequences[0])

@@ -120,7 +120,9 @@ class Generator:
         """Forget a request and free its seats and blocks; unknown ids are fine."""
         for seat in self._slots.remove(job_id):
             self._table.release(seat)
-        self._groups.pop(job_id, None)
+        group = self._groups.pop(job_id, None)
+        if group is not None:
+            self._prefill.abandon(group)
 
     @property
     def has_work(self) -> bool:
@@ -349,6 +351,7 @@ class Generator:
         num_live = len(self._slots.seats)
         log.error("sampling of %d rows failed: %s", num_live, error, exc_info=error)
         self._pool = None
+        self._sizes = Sizes()  # what fitted before may be what doesn't now
         self._adapters = LiveAdapters()
         self._prefill.forget()
         for seat in reversed(list(self._slots.seats)):

@@ -102,6 +102,11 @@ class Prefill:
         if group.cached_tokens is None:
             group.cached_tokens = len(group.prompt) - 1
 
+    def abandon(self, group: Group) -> None:
+        """Drop a group's prompt if it is part way."""
+        if self.in_progress(group):
+            self._under_way = None
+
     def forget(self) -> None:
         """Give the device memory back; prompts in progress start again."""
         self._recent.clear()
