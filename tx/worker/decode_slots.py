@@ -65,7 +65,7 @@ class Sizes:
     """Which (rows, blocks) the next decode slice runs with: the one that fits, or a larger one that is compiled.
 
     A program of a new size costs ``COMPILE_S``. So what a larger, known one wastes is added up per missing size, and
-    the size is compiled once that much has been wasted: never more than twice what the best choice would have cost.
+    the size is compiled once that much has been wasted: at worst about twice what the best choice would have cost.
     """
 
     def __init__(self) -> None:
