@@ -20,7 +20,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from flax import nnx
 from tx.layers.kv_cache import num_blocks
 from tx.layers.weights import Weight
 from tx.models.config import ModelConfig
-from tx.models.loading import LoadedModel, StaticGraphDef, load_model
+from tx.models.loading import LoadedModel, assemble, load_model
 from tx.models.registry import MODELS
 from tx.types import SampleRequest, SamplingParams
 from tx.worker.generator import Generator
@@ -66,17 +65,7 @@ def random_model(hf: dict[str, Any], dtype: Any) -> LoadedModel:
     loaded = []
     for index, (path, weight) in enumerate(dict(nnx.to_flat_state(state)).items()):
         loaded.append((path, weight.replace(random_weight(weight, jax.random.key(index), dtype))))
-    weights = nnx.from_flat_state(loaded)
-    leaves = jax.tree.leaves(weights)
-    return LoadedModel(
-        config=config,
-        mesh=mesh,
-        graphdef=StaticGraphDef(**{field.name: getattr(graphdef, field.name) for field in fields(graphdef)}),
-        weights=weights,
-        dtype=dtype,
-        num_params=sum(leaf.size for leaf in leaves),
-        weight_bytes=sum(leaf.nbytes for leaf in leaves),
-    )
+    return assemble(config, mesh, graphdef, nnx.from_flat_state(loaded), dtype)
 
 
 def random_weight(weight: Weight, key: jax.Array, dtype: Any) -> jax.Array:

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.support.tiny_models import write_tiny_model
 from tx.layers.logprobs import next_logits
 from tx.layers.lora import single_view
+from tx.models.loading import load_model
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState, SampleRequest, SamplingParams
 from tx.worker.generator import Generator
+from tx.worker.mesh import make_mesh
 
 EOS = (2022, 2024)
 CONTEXT = 512
@@ -28,6 +31,12 @@ def random_state(config, rank, seed, scale=0.3):
             np.float32
         )
     return ModelState(LoraConfig(rank=rank, seed=seed), weights)
+
+
+def tiny_model(folder, vocab_size, context):
+    """A random Qwen3 of another vocabulary and context than the shared one."""
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": context}
+    return load_model(write_tiny_model(folder, "qwen3", **sizes), make_mesh(), jnp.float32)
 
 
 def detokenize(ids):

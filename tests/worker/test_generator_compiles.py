@@ -11,10 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.tiny_models import write_tiny_model
-from tests.worker.sampler import make, random_state, request_of
-from tx.models.loading import load_model
-from tx.worker.mesh import make_mesh
+from tests.worker.sampler import make, random_state, request_of, tiny_model
 from tx.worker.snapshots import SnapshotStore
 
 VOCAB, CONTEXT, SLOTS = 384, 256, 4
@@ -23,9 +20,7 @@ OPTIONS = {"max_slots": SLOTS, "max_context": CONTEXT, "eos_token_ids": (300,)}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    sizes = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
-    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "qwen3", **sizes)
-    return load_model(folder, make_mesh(), jnp.float32)
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", VOCAB, CONTEXT)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.support.reference_decoder import TOLERANCE, ReferenceDecoder, as_right, choose, log_softmax, uniforms
-from tests.support.tiny_models import TOKENIZER, write_tiny_model
-from tests.worker.sampler import make, random_state
-from tx.models.loading import load_model
+from tests.support.tiny_models import TOKENIZER
+from tests.worker.sampler import make, random_state, tiny_model
 from tx.types import ABSENT_LOGPROB, Cells, SampleRequest, SampleResult, SamplingParams, TopkLogprobs
 from tx.worker import sampling
-from tx.worker.mesh import make_mesh
 from tx.worker.snapshots import Snapshot, SnapshotStore
 
 VOCAB, CONTEXT = 384, 256
@@ -44,9 +42,7 @@ class Job:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The first 256 ids of the tokenizer are single bytes: a random model's text is full of cut characters."""
-    sizes = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
-    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "qwen3", **sizes)
-    return load_model(folder, make_mesh(), jnp.float32)
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", VOCAB, CONTEXT)
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,13 @@ def load_model(
             if progress is not None:
                 progress(done, checkpoint.total_bytes)
     weights = nnx.from_flat_state(loaded)
+    jax.block_until_ready(jax.tree.leaves(weights))
+    return assemble(config, mesh, graphdef, weights, dtype)
+
+
+def assemble(config: ModelConfig, mesh: Mesh, graphdef: Any, weights: Any, dtype: Any) -> LoadedModel:
+    """A model of which the weights are there, wherever they come from."""
     leaves = jax.tree.leaves(weights)
-    jax.block_until_ready(leaves)
     return LoadedModel(
         config=config,
         mesh=mesh,
