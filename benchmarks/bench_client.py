@@ -1,4 +1,4 @@
-"""What the benchmarks that drive a server through the official SDK share: a tenant, prompts, rounds of samples.
+"""What the benchmarks that drive a server through the official SDK share: a tenant, its data, steps and samples.
 
 Not a program. It must run with SDK 0.9.0 (another server's) and with the newest, so it uses only what both have.
 """
@@ -30,9 +30,14 @@ def settled(value: Any) -> Any:
     return value.result() if hasattr(value, "result") else value
 
 
-def token_ids(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """The value of a flag such as ``--stop 2,0``."""
     return [int(part) for part in text.split(",")]
+
+
+def num_positions(data: list[types.Datum]) -> int:
+    """Real tokens that a server computes for these data."""
+    return sum(len(datum.loss_fn_inputs["target_tokens"].data) for datum in data)
 
 
 def add_flags(parser: argparse.ArgumentParser, phases: str) -> None:
@@ -44,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, phases: str) -> None:
     parser.add_argument("--phases", default=phases, help=f"default: {phases}")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8, help="problems per training step")
-    parser.add_argument("--stop", type=token_ids, default=None, help="stop token ids, by default the server's choice")
+    parser.add_argument("--stop", type=numbers, default=None, help="stop token ids, by default the server's choice")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the problems")
 
 
@@ -77,8 +82,12 @@ class BenchClient:
 
             self.tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer)
 
-    def create_client(self) -> Any:
-        return settled(self.service.create_lora_training_client(base_model=self.flags.model, rank=self.flags.rank))
+    def create_client(self, rank: int | None = None) -> Any:
+        """A training client of a new model, of ``--rank`` unless another is given."""
+        rank = rank or self.flags.rank
+        return settled(self.service.create_lora_training_client(base_model=self.flags.model, rank=rank))
+
+    # ---- data -------------------------------------------------------------------------------------------------
 
     def sl_datum(self) -> types.Datum:
         """A problem with its solution, the solution weighted."""
@@ -93,6 +102,47 @@ class BenchClient:
     def prompt(self) -> list[int]:
         """The next problem as a prompt."""
         return self.tokenizer.encode(f"Question: {next(self.rows)['question']}\nAnswer: ")
+
+    def text(self, num_tokens: int) -> list[int]:
+        """Problems one after another, cut to exactly this many tokens."""
+        tokens: list[int] = []
+        while len(tokens) < num_tokens:
+            tokens += self.prompt()
+        return tokens[:num_tokens]
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def train_step(self, data: list[types.Datum]) -> tuple[float, float]:
+        """(seconds, loss per weighted token) of one forward_backward and optim_step, both sent at once."""
+        started = time.monotonic()
+        gradient = self.training.forward_backward(data, "cross_entropy")
+        step = self.training.optim_step(types.AdamParams(learning_rate=1e-4))
+        outputs = gradient.result().loss_fn_outputs
+        step.result()
+        seconds = time.monotonic() - started
+        weights = [datum.loss_fn_inputs["weights"].data for datum in data]
+        total = sum(
+            logprob * weight
+            for output, row in zip(outputs, weights, strict=True)
+            for logprob, weight in zip(output["logprobs"].data, row, strict=True)
+        )
+        return seconds, -total / sum(map(sum, weights))
+
+    def fine_tune(self) -> dict[str, Any]:
+        """``--steps`` steps on fresh problems of natural lengths."""
+        steps = []
+        for _ in range(self.flags.steps):
+            data = [self.sl_datum() for _ in range(self.flags.batch)]
+            steps.append((num_positions(data), *self.train_step(data)))
+        warm = steps[len(steps) // 2 :]
+        return {
+            "cold_step_s": round(steps[0][1], 2),
+            "step_s": [round(seconds, 2) for _, seconds, _ in steps],
+            "warm_tokens_per_s": round(sum(step[0] for step in warm) / sum(step[1] for step in warm), 1),
+            "loss_per_token": [round(loss, 4) for _, _, loss in steps],
+        }
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
 
     def sampler(self) -> tuple[Any, float]:
         """A sampling client of the training client's present weights, and the seconds it took to get it."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 MORE_IS_BETTER = ("_per_s",)
-LESS_IS_BETTER = ("_s", "_mb", "_kb")
+LESS_IS_BETTER = ("_s", "_ms", "_mb", "_kb")
 
 Runs = dict[str, dict[str, list[float]]]
 """Server name to metric (``phase.name``) to its value in each turn."""

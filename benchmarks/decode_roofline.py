@@ -15,114 +15,27 @@ Random weights (no download: sizes are all that matters here) make the same work
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from device_probe import (
+    ON_GPU,
+    add_model_flags,
+    copy_bandwidth,
+    matmul_peak,
+    model_of,
+    num_multiplied,
+    read_bandwidths,
+)
 
 from tx.layers.kv_cache import num_blocks
-from tx.layers.weights import Weight
-from tx.models.config import ModelConfig
-from tx.models.loading import LoadedModel, assemble, load_model
-from tx.models.registry import MODELS
+from tx.models.loading import LoadedModel
 from tx.types import SampleRequest, SamplingParams
 from tx.worker.generator import Generator
-from tx.worker.mesh import make_mesh
-
-QWEN3_4B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-}
-QWEN3_8B = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
-RANDOM = {"qwen3-4b": QWEN3_4B, "qwen3-8b": QWEN3_8B}
-
-ON_GPU = jax.default_backend() != "cpu"
-
-
-def random_model(hf: dict[str, Any], dtype: Any) -> LoadedModel:
-    """A model of a Hugging Face config's sizes on one device, with random weights that were never in a file."""
-    config, mesh = ModelConfig.from_hf(hf), make_mesh()
-    abstract = nnx.eval_shape(lambda: MODELS[config.architecture](config, mesh))
-    graphdef, state = nnx.split(abstract)
-    loaded = []
-    for index, (path, weight) in enumerate(dict(nnx.to_flat_state(state)).items()):
-        loaded.append((path, weight.replace(random_weight(weight, jax.random.key(index), dtype))))
-    return assemble(config, mesh, graphdef, nnx.from_flat_state(loaded), dtype)
-
-
-def random_weight(weight: Weight, key: jax.Array, dtype: Any) -> jax.Array:
-    """Of unit gain; a vector is a norm's or a bias."""
-    shape = weight.get_value().shape
-    if len(shape) == 1:
-        return jnp.ones(shape, jnp.float32)
-    return jax.jit(lambda key: jax.random.normal(key, shape, dtype) / math.sqrt(shape[-2]))(key)
-
-
-# ---- what the device can do -----------------------------------------------------------------------------------------
-
-
-def seconds_per_call(program: Callable[..., Any], *arguments: Any, calls: int = 8, repeats: int = 3) -> float:
-    """Best of ``repeats`` means over ``calls`` queued calls of a compiled program."""
-    jax.block_until_ready(program(*arguments))
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(calls):
-            result = program(*arguments)
-        jax.block_until_ready(result)
-        best = min(best, (time.perf_counter() - started) / calls)
-    return best
-
-
-def read_bandwidths(num_bytes: int) -> dict[str, float]:
-    """Bytes per second of three programs that do little but read ``num_bytes`` of float32."""
-    width = 16384
-    array = jnp.ones((num_bytes // 4 // width, width), jnp.float32)
-    row, column = jnp.ones((1, array.shape[0])), jnp.ones((width, 1))
-    product = jax.jit(jnp.dot)
-    return {
-        "maximum": array.nbytes / seconds_per_call(jax.jit(lambda x: jnp.max(x, axis=0)), array),
-        "row product": array.nbytes / seconds_per_call(product, row, array),
-        "column product": array.nbytes / seconds_per_call(product, array, column),
-    }
-
-
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes per second, read and written, of an update in place: no page is touched for the first time."""
-    update = jax.jit(lambda x: x + 1, donate_argnums=0)
-    array = update(jnp.ones(num_bytes // 4, jnp.float32))
-    best = math.inf
-    for _ in range(8):
-        started = time.perf_counter()
-        array = jax.block_until_ready(update(array))
-        best = min(best, time.perf_counter() - started)
-    return 2 * array.nbytes / best
-
-
-def matmul_peak(size: int, dtype: Any) -> float:
-    """FLOP per second of one large product."""
-    square = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=dtype))
-    return 2 * size**3 / seconds_per_call(product, square, square)
-
 
 # ---- what a step does -----------------------------------------------------------------------------------------------
 
@@ -194,9 +107,8 @@ def step_bytes(model: LoadedModel, batch: int, context: float) -> float:
 def step_flops(model: LoadedModel, batch: int, context: float) -> float:
     """Multiplications and additions of a step."""
     config = model.config
-    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = 4 * context * config.num_layers * config.num_heads * config.head_dim
-    return batch * (2 * (model.num_params - table) + attention)
+    return batch * (2 * num_multiplied(model) + attention)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -232,9 +144,7 @@ def report(model: LoadedModel, flags: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="a model's folder")
-    parser.add_argument("--random", help=f"instead: {', '.join(RANDOM)}, or a folder whose config.json says the sizes")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if ON_GPU else "float32")
+    add_model_flags(parser)
     batches = "1,4,16,64,256" if ON_GPU else "1,8,16,32,64"
     parser.add_argument("--batches", default=batches, help=f"rows that decode together, default: {batches}")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
@@ -242,10 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slice-tokens", type=int, default=8, help="steps per slice")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs per batch size")
     parser.add_argument("--probe-mb", type=int, default=4096 if ON_GPU else 512, help="array for the bandwidth, MiB")
-    parser.add_argument("--matmul", type=int, default=8192 if ON_GPU else 1536, help="rows and columns for the peak")
     flags = parser.parse_args()
-    if (flags.folder is None) == (flags.random is None):
-        parser.error("give either a model's folder or --random")
     if flags.tokens % flags.slice_tokens:
         parser.error("--tokens must be a multiple of --slice-tokens")
     flags.batches = [int(part) for part in flags.batches.split(",")]
@@ -255,15 +162,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load or make the model and print its table."""
     flags = parse()
-    dtype = jnp.dtype(flags.dtype)
-    if flags.random is None:
-        model = load_model(flags.folder, make_mesh(), dtype)
-    else:
-        hf = RANDOM.get(flags.random) or json.loads((Path(flags.random) / "config.json").read_text(encoding="utf-8"))
-        model = random_model(hf, dtype)
-    if model.config.num_experts:
-        raise SystemExit("a mixture of experts reads as many experts as its rows choose: not counted here")
-    report(model, flags)
+    report(model_of(flags), flags)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class SamplingBench(BenchClient):
         """One prompt × n against n × one, in turn; every prompt is new and shares no prefix with another."""
         shared, single = [], []
         for _ in range(self.flags.rounds):
-            prompts = [self.long_prompt() for _ in range(self.flags.group_size + 1)]
+            prompts = [self.text(self.flags.group_prompt) for _ in range(self.flags.group_size + 1)]
             shared.append(self.sample_round(self.policy, prompts[:1], self.flags.group_size, self.flags.group_tokens))
             single.append(self.sample_round(self.policy, prompts[1:], 1, self.flags.group_tokens))
         half = self.flags.rounds // 2
@@ -84,13 +84,6 @@ class SamplingBench(BenchClient):
             "first_shared_s": round(shared[0]["seconds"], 2),
             "first_single_s": round(single[0]["seconds"], 2),
         }
-
-    def long_prompt(self) -> list[int]:
-        """A prompt of exactly ``--group-prompt`` tokens."""
-        tokens: list[int] = []
-        while len(tokens) < self.flags.group_prompt:
-            tokens += self.prompt()
-        return tokens[: self.flags.group_prompt]
 
     # ---- latency ----------------------------------------------------------------------------------------------
 

@@ -25,36 +25,9 @@ class Bench(BenchClient):
         """Time from asking for a training client to having one."""
         return {"create_s": round(self.create_s, 2)}
 
-    # ---- supervised -------------------------------------------------------------------------------------------
-
-    def sl_step(self) -> tuple[int, float, float]:
-        """(tokens, seconds, loss per weighted token) of one forward_backward and optim_step."""
-        data = [self.sl_datum() for _ in range(self.flags.batch)]
-        num_tokens = sum(len(datum.loss_fn_inputs["target_tokens"].data) for datum in data)
-        started = time.monotonic()
-        gradient = self.training.forward_backward(data, "cross_entropy")
-        step = self.training.optim_step(types.AdamParams(learning_rate=1e-4))
-        outputs = gradient.result().loss_fn_outputs
-        step.result()
-        seconds = time.monotonic() - started
-        weights = [datum.loss_fn_inputs["weights"].data for datum in data]
-        total = sum(
-            logprob * weight
-            for output, row in zip(outputs, weights, strict=True)
-            for logprob, weight in zip(output["logprobs"].data, row, strict=True)
-        )
-        return num_tokens, seconds, -total / sum(map(sum, weights))
-
     def sl(self) -> dict[str, Any]:
         """Ragged fine-tuning."""
-        steps = [self.sl_step() for _ in range(self.flags.steps)]
-        warm = steps[len(steps) // 2 :]
-        return {
-            "cold_step_s": round(steps[0][1], 2),
-            "step_s": [round(seconds, 2) for _, seconds, _ in steps],
-            "warm_tokens_per_s": round(sum(step[0] for step in warm) / sum(step[1] for step in warm), 1),
-            "loss_per_token": [round(loss, 4) for _, _, loss in steps],
-        }
+        return self.fine_tune()
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
