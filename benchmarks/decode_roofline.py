@@ -29,6 +29,7 @@ from device_probe import (
     matmul_peak,
     model_of,
     num_multiplied,
+    numbers,
     read_bandwidths,
 )
 
@@ -145,8 +146,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_flags(parser)
-    batches = "1,4,16,64,256" if ON_GPU else "1,8,16,32,64"
-    parser.add_argument("--batches", default=batches, help=f"rows that decode together, default: {batches}")
+    batches = [1, 4, 16, 64, 256] if ON_GPU else [1, 8, 16, 32, 64]
+    parser.add_argument(
+        "--batches", type=numbers, default=batches, help=f"rows that decode together, default: {batches}"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens sampled per row")
     parser.add_argument("--slice-tokens", type=int, default=8, help="steps per slice")
@@ -155,7 +158,6 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.tokens % flags.slice_tokens:
         parser.error("--tokens must be a multiple of --slice-tokens")
-    flags.batches = [int(part) for part in flags.batches.split(",")]
     return flags
 
 

@@ -50,6 +50,11 @@ RANDOM = {"qwen3-0.6b": QWEN3_0_6B, "qwen3-4b": QWEN3_4B, "qwen3-8b": QWEN3_8B}
 ON_GPU = jax.default_backend() != "cpu"
 
 
+def numbers(text: str) -> list[int]:
+    """The value of a flag such as ``--lengths 4096,16384``."""
+    return [int(part) for part in text.split(",")]
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
