@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,14 @@ from tests.support.server import BASE_MODEL, Server, environment
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty problems in GSM8K's form."""
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"question": f"{n} and {n * 7} apples make how many?", "answer": f"#### {n * 8}"} for n in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def flags(server: Server, data: Path, model: Path, *more: str) -> list[str]:
-    common = ["--data", str(data), "--tokenizer", str(model), "--rounds", "2", "--max-tokens", "12", "--batch", "2"]
-    return [*common, "--prompts", "3", "--group", "2", *more]
-
-
-def run(script: str, server: Server, *arguments: str) -> dict[str, dict]:
-    """Results by phase."""
-    command = [sys.executable, str(BENCHMARKS / script), "--base-url", server.url, "--model", BASE_MODEL, *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {result["phase"]: result for result in map(json.loads, done.stdout.splitlines())}
+SMALL = ["--rounds", "2", "--max-tokens", "12", "--batch", "2", "--prompts", "3", "--group", "2"]
 
 
 @pytest.mark.slow
-def test_sampling_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
+def test_sampling_bench(server: Server, drive: Callable[..., dict[str, dict]]) -> None:
     small = ["--group-size", "3", "--group-prompt", "40", "--group-tokens", "4", "--requests", "2", "--others", "4"]
     more = [*small, "--pause", "0", "--phases", "memory,ragged,group,latency", "--engine-pid", str(server.process.pid)]
-    results = run("sampling_bench.py", server, *flags(server, gsm8k, tiny_qwen3, *more))
+    results = drive("sampling_bench.py", *SMALL, *more)
     assert list(results) == ["memory", "ragged", "group", "latency"]
 
     memory = results["memory"]
@@ -70,9 +52,8 @@ def test_the_phase_memory_needs_a_process(gsm8k: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tinker_bench(server: Server, gsm8k: Path, tiny_qwen3: Path) -> None:
-    more = ["--phases", "create,sl,sample,rl", "--steps", "2"]
-    results = run("tinker_bench.py", server, *flags(server, gsm8k, tiny_qwen3, *more))
+def test_tinker_bench(drive: Callable[..., dict[str, dict]]) -> None:
+    results = drive("tinker_bench.py", *SMALL, "--phases", "create,sl,sample,rl", "--steps", "2")
     assert list(results) == ["create", "sl", "sample", "rl"]
     assert len(results["sl"]["loss_per_token"]) == 2
     assert max(results["rl"]["max_gap"]) < 1e-3
@@ -85,7 +66,7 @@ def test_compare_takes_turns_and_keeps_what_it_saw(
     kept = tmp_path / "kept.jsonl"
     servers = [part for name in "ab" for part in ("--server", name, server.url, BASE_MODEL, sys.executable)]
     script = ["--script", str(BENCHMARKS / "sampling_bench.py"), "--times", "2", "--keep", str(kept), "--"]
-    small = flags(server, gsm8k, tiny_qwen3, "--phases", "ragged")
+    small = ["--data", str(gsm8k), "--tokenizer", str(tiny_qwen3), *SMALL, "--phases", "ragged"]
     for key in set(os.environ) - set(environment()):
         monkeypatch.delenv(key)
     monkeypatch.setattr(sys, "argv", ["compare.py", *servers, *script, *small])
