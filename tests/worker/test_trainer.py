@@ -17,7 +17,7 @@ from tx.models.loading import LoadedModel, load_model
 from tx.types import AdamParams, Datum, Finished, ForwardBackward, ForwardBackwardResult, LoraConfig, ModelState
 from tx.worker import trainer as trainer_module
 from tx.worker.adapters import AdapterStore
-from tx.worker.losses import row_losses
+from tx.worker.losses import position_losses
 from tx.worker.mesh import make_mesh
 from tx.worker.trainer import Trainer
 
@@ -275,11 +275,11 @@ def test_c05_a_built_in_loss_run_as_a_custom_one_gives_the_same_gradient(lab: La
     logprobs = lab.run(trainer, lab.request(data=tuple(plain), forward_only=True))[0].logprobs
     weighted = []
     for datum, lp in zip(request.data, logprobs, strict=True):
-        shape = trainer_module.plan([trainer_module.Row(1, lp.size, 0, 0)], trainer._limits)[0].shape
-        batch = trainer_module.datums.lay_out([datum], shape, "ppo", request.loss_config).loss
-        padded = np.zeros((*batch.valid.shape, 1), np.float32)
+        shape = trainer_module.plan([trainer_module.Piece(1, lp.size, 0, 0)], trainer._limits)[0].shape
+        batch = trainer_module.datums.lay_out([[trainer_module.Given(datum, "ppo", request.loss_config)]], shape).loss
+        padded = np.zeros((*batch.loss_id.shape, 1), np.float32)
         padded[0, : lp.size, 0] = lp
-        derivative = jax.grad(lambda values, batch=batch: row_losses(values, batch).sum())(jnp.asarray(padded))
+        derivative = jax.grad(lambda values, batch=batch: position_losses(values, batch).sum())(jnp.asarray(padded))
         weights = -np.asarray(derivative)[0, : lp.size, 0]
         weighted.append(Datum(datum.tokens, {"target_tokens": datum.inputs["target_tokens"], "weights": weights}))
     lab.run(trainer, lab.request(data=tuple(weighted)))

@@ -1,9 +1,9 @@
 """Causal self-attention with grouped heads: the module, and the choice of kernel.
 
-Three forms: inside each row by index (training, prefill from nothing), one new token per row against the pool of blocks
-(decode), several new tokens of one row behind what it already has (prefill in pieces). The first runs through cuDNN on
-GPU in bfloat16; everything else is plain XLA with softmax in float32. Rows are independent and causal, so padding on
-the right never reaches a real position.
+Four forms: inside each row by index (prefill from nothing, training one datum per row), inside each datum of a packed
+row (training), one new token per row against the pool of blocks (decode), several new tokens of one row behind what it
+already has (prefill in pieces). The first runs through cuDNN on GPU in bfloat16; everything else is plain XLA with
+softmax in float32. Rows are independent and causal, so padding on the right never reaches a real position.
 """
 
 from __future__ import annotations
@@ -17,28 +17,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tx.layers import kv_cache
-from tx.layers.kv_cache import BLOCK, Decoding, LayerBlocks, Place
-from tx.layers.lora import LoraLinear, LoraWeights
+from tx.layers.blockwise import MASKED, packed_attention
+from tx.layers.kv_cache import BLOCK, Decoding, LayerBlocks
+from tx.layers.lora import KEPT, LoraLinear, LoraWeights
 from tx.layers.norm import RMSNorm
 from tx.layers.rotary import rotate
 from tx.layers.sharding import constrain
 
 log = logging.getLogger(__name__)
 
-QUERY_BLOCK = 512
-"""Longer rows attend in blocks of this many queries, so that scores take O(seq * block), also in the backward pass."""
-
-MASKED = float(jnp.finfo(jnp.float32).min)
-
 PRIOR_PIECE = 8
 """Blocks of earlier positions that a piece of a prompt attends to at a time."""
 
 Queries = Float[Array, "row seq heads head_dim"]
 Keys = Float[Array, "row length kv_heads head_dim"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """Rows of several datums each. starts: int [row seq], where in its row the datum of each position begins."""
+
+    starts: Any
+
+
+type Place = kv_cache.Place | Packed
+"""What the rows of a call stand in: the pool of blocks, earlier blocks, or a packed micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class Attention(nnx.Module):
         shape = self.shape
 
         def heads(linear: LoraLinear, key: str, axis: str | None) -> Queries:
-            y = linear(x, lora.get(key), gate).reshape(rows, seq, -1, shape.head_dim)
+            y = checkpoint_name(linear(x, lora.get(key), gate), KEPT).reshape(rows, seq, -1, shape.head_dim)
             return constrain(y, ("row", "seq", axis, None), self.mesh)
 
         q = heads(self.q_proj, "q_proj", shape.heads_axis)
@@ -98,7 +107,10 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
+        if isinstance(place, Packed):
+            y = packed_attention(q, self._spread(k, 2), self._spread(v, 2), place.starts)
+            kept = kv_cache.in_blocks(k, v)
+        elif cache is None:
             y = causal_attention(q, self._spread(k, 2), self._spread(v, 2), on_gpu=self._on_gpu)
             kept = kv_cache.in_blocks(k, v)
         elif isinstance(place, Decoding):
@@ -109,7 +121,7 @@ class Attention(nnx.Module):
             blocks = self._spread_blocks(cache)
             y = continued_attention(q, self._spread(k, 2), self._spread(v, 2), blocks, place.length)
             kept = kv_cache.in_blocks(k, v)
-        return self.o_proj(y.reshape(rows, seq, -1), lora.get("o_proj"), gate), kept
+        return self.o_proj(checkpoint_name(y.reshape(rows, seq, -1), KEPT), lora.get("o_proj"), gate), kept
 
     def _spread(self, x: Array, axis: int) -> Array:
         """Where heads are sharded and KV heads are too few for it, repeat them, so that each device has its own."""
@@ -149,17 +161,7 @@ def causal_attention(q: Queries, k: Keys, v: Keys, *, on_gpu: bool = False) -> Q
     fused = _cudnn(q, k, v, is_causal=True) if on_gpu else None
     if fused is not None:
         return fused
-    seq = q.shape[1]
-
-    def block(start: int, stop: int) -> Queries:
-        mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        return _attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask[None])
-
-    if seq <= QUERY_BLOCK:
-        return block(0, seq)
-    bounds = [(start, min(start + QUERY_BLOCK, seq)) for start in range(0, seq, QUERY_BLOCK)]
-    blocks = [jax.checkpoint(block, static_argnums=(0, 1))(start, stop) for start, stop in bounds]
-    return jnp.concatenate(blocks, axis=1)
+    return packed_attention(q, k, v, jnp.zeros(q.shape[:2], jnp.int32))
 
 
 def decode_attention(
@@ -263,13 +265,3 @@ def _cudnn(q: Queries, k: Keys, v: Keys, **which: Any) -> Queries | None:
     except (ValueError, NotImplementedError, RuntimeError) as error:
         log.warning("cuDNN attention refused %s against %s, using XLA: %s", q.shape, k.shape, error)
         return None
-
-
-def _attend(q: Queries, k: Keys, v: Keys, mask: Array) -> Queries:
-    """Masked attention, mask [row or 1, seq, length]; scores, softmax and sums in float32."""
-    rows, seq, num_heads, head_dim = q.shape
-    grouped = q.reshape(rows, seq, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("rkgqs,rskd->rqkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(rows, seq, num_heads, head_dim).astype(q.dtype)

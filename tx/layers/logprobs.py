@@ -1,22 +1,24 @@
 """The unembedding head: logprobs of given tokens, the most likely tokens, next-token logits. Always float32.
 
 ``[row, seq, vocab]`` never exists: positions go through in chunks of about ``chunk`` tokens. Chunks cut ``seq``, not
-rows, so that rows stay where the mesh has put them. The kernel is frozen. Without an adapter on the head, a chunk's
-derivative ``kernel[:, target] - p @ kernel.T`` is taken while its probabilities exist and nothing is recomputed; with
-one, a chunk's logits are recomputed in the backward pass.
+rows, so that rows stay where the mesh has put them. The kernel is frozen.
+
+Training takes the gradient while a chunk's logits are there (``loss_and_gradient``): the loss is a function of each
+position's logprobs alone, so its derivative is known at once, nothing is computed again and nothing is kept. This is
+the idea of cut cross-entropy (Wijmans et al., 2024) for any such loss, and with an adapter on the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tx.layers.lora import LoraWeights, dot, lora_delta
+from tx.layers.lora import LoraWeights, delta_and_low, delta_gradient, dot, lora_delta
 
 Kernel = Float[Array, "embed vocab"]
 Gate = Float[Array, "gate_rows rank"]
@@ -39,16 +41,14 @@ def target_logprobs(
     *,
     chunk: int,
 ) -> Float[Array, "row seq k"]:
-    """Log-probability of each target at its position; differentiable in ``hidden`` and ``lora``."""
-    if lora is None or gate is None:
-        return _frozen_logprobs(hidden, kernel, targets, chunk)
+    """Log-probability of each target at its position."""
 
     def one(part: Any) -> Float[Array, "row piece k"]:
         h, t = part
         logits = next_logits(h, kernel, lora, gate)
         return _pick(logits, t) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-    return _over_chunks(jax.checkpoint(one), (hidden, targets), chunk)
+    return _over_chunks(one, (hidden, targets), chunk)
 
 
 def topk_logprobs(
@@ -70,45 +70,125 @@ def topk_logprobs(
     return _over_chunks(one, (hidden,), chunk)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Order:
+    """Which positions the head looks at, and how far; made on the host.
+
+    Attributes:
+        first: int [row seq], each row's positions in the order in which they go through: those whose loss has a
+            derivative, then the other real ones, then padding.
+        num_weighted, num_valid: int [], the most of the first sort, and of the first two, that any row has.
+    """
+
+    first: Any
+    num_weighted: Any
+    num_valid: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadGradient:
+    """Where a backward pass starts. hidden: [row seq embed], in its dtype; lora: like the head's adapter, or None."""
+
+    hidden: Any
+    lora: Any
+
+
+def loss_and_gradient(
+    hidden: Float[Array, "row seq embed"],
+    kernel: Kernel,
+    targets: Int[Array, "row seq k"],
+    lora: LoraWeights | None,
+    gate: Gate | None,
+    order: Order,
+    inputs: Any,
+    losses: Callable[[Float[Array, "row piece k"], Any], Float[Array, "row piece"]],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "row seq k"], Float[Array, "row seq"], HeadGradient]:
+    """Logprobs of the targets, each position's loss, and the gradient of the sum of all losses.
+
+    Chunks without a position that has a derivative stop after the logprobs, chunks of padding are not computed at all.
+
+    Args:
+        inputs: arrays [row seq …] that the loss reads.
+        losses: from logprobs and inputs of some positions to their losses; position by position, so that the
+            derivative with respect to a position's logprobs is known from that position alone.
+    """
+    rows, seq, _ = hidden.shape
+    piece = max(1, min(seq, chunk // rows))
+    pieces = -(-seq // piece)
+    at_row = jnp.arange(rows)[:, None]
+
+    def cut(x: Array) -> Array:
+        x = x[at_row, order.first]
+        x = jnp.pad(x, [(0, 0), (0, pieces * piece - seq), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(rows, pieces, piece, *x.shape[2:]), 1, 0)
+
+    parts = jax.tree.map(cut, (hidden, targets, inputs))
+    kinds = jnp.where(jnp.arange(pieces) * piece < order.num_weighted, 2, 0)
+    kinds = jnp.where((kinds == 0) & (jnp.arange(pieces) * piece < order.num_valid), 1, kinds)
+
+    def nothing(grads: Any, part: Any) -> Any:
+        h, t, _ = part
+        empty = jnp.zeros(t.shape, jnp.float32)
+        return grads, (empty, empty[..., 0], jnp.zeros_like(h))
+
+    def scores(grads: Any, part: Any) -> Any:
+        h, t, given = part
+        logits = next_logits(h, kernel, lora, gate)
+        logprobs = _pick(logits, t) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return grads, (logprobs, losses(logprobs, given), jnp.zeros_like(h))
+
+    def gradient(grads: Any, part: Any) -> Any:
+        h, t, given = part
+        logits, low = _logits(h, kernel, lora, gate)
+        norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = _pick(logits, t) - norm
+        value, pull = jax.vjp(lambda lp: losses(lp, given), logprobs)
+        (g,) = pull(jnp.ones_like(value))
+        d = -jnp.sum(g, axis=-1, keepdims=True) * jnp.exp(logits - norm)
+        vocab = jnp.arange(logits.shape[-1])
+        for j in range(t.shape[-1]):  # a comparison, not a scatter: it stays on its shard of the vocabulary
+            d = d + jnp.where(vocab == t[..., j, None], g[..., j, None], 0.0)
+        d = d.astype(h.dtype)
+        dh = dot(d, kernel.T)
+        if lora is not None:
+            more, grads = _lora_gradient(h, low, d, lora, gate, grads)
+            dh = dh + more
+        return grads, (logprobs, value, dh.astype(h.dtype))
+
+    def step(grads: Any, part: Any) -> Any:
+        return jax.lax.switch(part[0], (nothing, scores, gradient), grads, part[1])
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora)
+    grads, found = jax.lax.scan(step, zeros, (kinds, parts))
+
+    def put_back(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(rows, pieces * piece, *x.shape[3:])[:, :seq]
+        return jnp.zeros_like(x).at[at_row, order.first].set(x, unique_indices=True)
+
+    logprobs, value, dh = jax.tree.map(put_back, found)
+    return logprobs, value, HeadGradient(dh, grads)
+
+
+def _logits(hidden: Any, kernel: Any, lora: LoraWeights | None, gate: Any) -> tuple[Any, Any]:
+    """Logits, and what stands between the adapter's two factors."""
+    logits = dot(hidden, kernel)
+    if lora is None:
+        return logits, None
+    delta, low = delta_and_low(hidden, lora, gate)
+    return logits + delta, low
+
+
+def _lora_gradient(h: Any, low: Any, d: Any, lora: LoraWeights, gate: Any, grads: LoraWeights) -> tuple[Any, Any]:
+    dh, more = delta_gradient(h, low, d, lora, gate)
+    return dh, jax.tree.map(jnp.add, grads, more)
+
+
 def _pick(logits: Float[Array, "row piece vocab"], ids: Int[Array, "row piece k"]) -> Float[Array, "row piece k"]:
     return jnp.take_along_axis(logits, ids, axis=-1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen_logprobs(
-    hidden: Float[Array, "row seq embed"], kernel: Kernel, targets: Int[Array, "row seq k"], chunk: int
-) -> Float[Array, "row seq k"]:
-    def one(part: Any) -> Float[Array, "row piece k"]:
-        h, t = part
-        logits = dot(h, kernel)
-        return _pick(logits, t) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-
-    return _over_chunks(one, (hidden, targets), chunk)
-
-
-def _frozen_forward(hidden: Any, kernel: Any, targets: Any, chunk: int) -> tuple[Any, Any]:
-    def one(part: Any) -> tuple[Any, Any]:
-        h, t = part
-        logits = dot(h, kernel)
-        norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        probabilities = jnp.exp(logits - norm).astype(kernel.dtype)
-        expected = jnp.einsum("rsv,ev->rse", probabilities, kernel, preferred_element_type=jnp.float32)
-        return _pick(logits, t) - norm, expected
-
-    logprobs, expected = _over_chunks(one, (hidden, targets), chunk)
-    return logprobs, (expected, kernel, targets, jnp.zeros((), hidden.dtype))
-
-
-def _frozen_backward(chunk: int, saved: Any, g: Any) -> tuple[Any, None, None]:
-    expected, kernel, targets, like = saved
-    hidden = -jnp.sum(g, axis=-1, keepdims=True) * expected
-    for j in range(targets.shape[-1]):  # one target at a time: [row, seq, k, embed] would be k times as large
-        column = jnp.take(kernel, targets[..., j], axis=1, mode="clip")
-        hidden = hidden + g[..., j, None] * jnp.moveaxis(column, 0, -1)
-    return hidden.astype(like.dtype), None, None
-
-
-_frozen_logprobs.defvjp(_frozen_forward, _frozen_backward)
 
 
 def _over_chunks(one: Callable[[Any], Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:

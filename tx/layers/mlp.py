@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from tx.layers.lora import LoraLinear, LoraWeights
+from tx.layers.lora import KEPT, LoraLinear, LoraWeights
 from tx.layers.sharding import constrain
 
 
@@ -28,8 +29,8 @@ class GatedMlp(nnx.Module):
         gate: Float[Array, "gate_rows rank"] | None,
     ) -> Float[Array, "row seq embed"]:
         """``gate`` is the adapters', not the MLP's."""
-        gated = self.gate_proj(x, lora.get("gate_proj"), gate)
-        up = self.up_proj(x, lora.get("up_proj"), gate)
+        gated = checkpoint_name(self.gate_proj(x, lora.get("gate_proj"), gate), KEPT)
+        up = checkpoint_name(self.up_proj(x, lora.get("up_proj"), gate), KEPT)
         inner = silu_product(gated, up)
         inner = constrain(inner, ("row", "seq", "ffn"), self.mesh)
         return self.down_proj(inner, lora.get("down_proj"), gate)

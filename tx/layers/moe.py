@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tx.layers.lora import LoraWeights, dot
+from tx.layers.lora import LoraWeights, dot, frozen_dot
 from tx.layers.mlp import silu_product
 from tx.layers.sharding import Axes, constrain, spec
 from tx.layers.weights import ExpertKernel, Kernel
@@ -262,7 +262,7 @@ def _block(
     """Lines of one expert through that expert, float32 out; on a tp mesh a partial sum, as all is linear in down."""
 
     def project(name: str, inner: Any) -> Any:
-        y = dot(inner, kernels[name])
+        y = frozen_dot(inner, kernels[name])
         site = sites.get(name)
         if site is None or gate is None:
             return y

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from tx.layers.attention import AttentionShape
-from tx.layers.kv_cache import KVBlocks, Place
+from tx.layers.attention import AttentionShape, Place
+from tx.layers.kv_cache import KVBlocks
 from tx.layers.lora import AdapterView, LoraSite
 from tx.layers.mlp import GatedMlp
 from tx.layers.moe import MoeShape, SparseMlp
 from tx.layers.norm import RMSNorm
 from tx.layers.rotary import rotary_tables
 from tx.layers.sharding import constrain
-from tx.layers.stack import DecoderLayer, run_layers
+from tx.layers.stack import DecoderLayer, RotaryTables, run_layers
 from tx.layers.weights import Kernel, Weight
 from tx.models.config import ModelConfig
 from tx.models.lora_sites import lora_sites
@@ -108,21 +106,26 @@ class DecoderForCausalLM(nnx.Module):
         cache: KVBlocks | None = None,
         place: Place | None = None,
         return_cache: bool = False,
-        remat: bool = False,
-        scan: bool = False,
     ) -> tuple[Float[Array, "row seq embed"], KVBlocks | None]:
         """Final hidden states (normed) and, if asked for or given, keys and values.
 
         Without a cache, attention is causal inside each row by index, so padding on the right is harmless, and fresh
         keys and values come back as blocks. With one, ``place`` says what it means: decoding rows write their token
         into the pool, which comes back updated; a continued prompt reads what it has and gives back fresh blocks.
-        ``remat`` trades time for memory in the backward pass, ``scan`` memory for time to compile.
         """
-        x = constrain(self.embed_tokens(tokens), ("row", "seq", None), self.mesh)
-        rope = rotary_tables(positions, self.config.rope, self.config.head_dim)
-        run = partial(run_layers, list(self.layers), x, rope, positions)
-        x, kept = run(adapter=adapter, cache=cache, place=place, keep_kv=return_cache, remat=remat, scan=scan)
+        x, rope = self.embed(tokens, positions)
+        layers = list(self.layers)
+        x, kept = run_layers(
+            layers, x, rope, positions, adapter=adapter, cache=cache, place=place, keep_kv=return_cache
+        )
         return self.norm(x), kept
+
+    def embed(
+        self, tokens: Int[Array, "row seq"], positions: Int[Array, "row seq"]
+    ) -> tuple[Float[Array, "row seq embed"], RotaryTables]:
+        """What the first layer sees, and the rotary tables that every layer uses."""
+        x = constrain(self.embed_tokens(tokens), ("row", "seq", None), self.mesh)
+        return x, rotary_tables(positions, self.config.rope, self.config.head_dim)
 
     def unembed_kernel(self) -> Float[Array, "embed vocab"]:
         """The head's kernel: its own, or the tied embedding's."""

@@ -35,6 +35,7 @@ class TrainingState:
         weights, mu, nu: float32, of the padded rank.
         grads: what forward_backwards have added up since the last step; None is zero.
         step: optimizer steps taken since the moments were zero.
+        is_base: fresh, its b's still zero: it computes what the base model does.
     """
 
     weights: Adapter
@@ -42,6 +43,7 @@ class TrainingState:
     nu: Adapter
     grads: Adapter | None = None
     step: int = 0
+    is_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class AdapterStore:
         for site in trained_sites(self._sites, lora):
             fresh[site.name + ".lora_A"], fresh[site.name + ".lora_B"] = self._initial(site, lora)
         self._put(model_id, lora, ModelState(lora, fresh))
+        self._resident[model_id] = replace(self._resident[model_id], is_base=True)
 
     def drop(self, model_id: str) -> None:
         """Forget a model; unknown ids are fine."""
@@ -278,5 +281,5 @@ class AdapterStore:
         while len(self._resident) >= self.max_resident:
             model_id, state = self._resident.popitem(last=False)
             weights, mu, nu, grads = jax.device_get((state.weights, state.mu, state.nu, state.grads))
-            self._parked[model_id] = TrainingState(weights, mu, nu, grads, state.step)
+            self._parked[model_id] = replace(state, weights=weights, mu=mu, nu=nu, grads=grads)
             log.debug("parked %s in host memory", model_id)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from tx import loss_specs
 from tx.errors import InvalidInput
+from tx.layers.logprobs import Order
 from tx.loss_specs import LossSpec
 from tx.types import Datum, ForwardBackward
 from tx.worker.losses import LOSS_IDS, LossBatch
@@ -16,8 +19,6 @@ from tx.worker.shapes import Shape
 
 RECORDED_MASK = "recorded_mask"
 """Extra input of stable_reinforce, put there by the engine: 1 where ``logprobs`` is one that this server recorded."""
-
-CLIPS = ("clip_low_threshold", "clip_high_threshold")
 
 
 def check(request: ForwardBackward, vocab_size: int, max_context: int) -> dict[str, float]:
@@ -76,40 +77,92 @@ def _check_inputs(field: str, datum: Datum, spec: LossSpec, vocab_size: int) -> 
             raise InvalidInput(f"{field}.{name}", f"{array[where]} at position {where[0]}", "finite numbers")
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HostBatch:
-    """One micro-batch in numpy. tokens: int32 [row seq]; targets: int32 [row seq k]; loss: arrays of LossBatch."""
+    """One micro-batch, in numpy until it goes to the device, int32 unless said; [row seq] but for ``targets`` [row seq k].
 
-    tokens: np.ndarray
-    targets: np.ndarray
+    Attributes:
+        positions: of each token in its own datum.
+        starts: where in its row each token's datum begins.
+        order: which positions the head looks at first.
+        loss: arrays of LossBatch.
+        has_sequence_ratios: whether a loss needs ``sequence_log_ratio`` (bool []).
+    """
+
+    tokens: Any
+    positions: Any
+    starts: Any
+    targets: Any
+    order: Order
     loss: LossBatch
+    has_sequence_ratios: Any
 
 
-def lay_out(data: Sequence[Datum], shape: Shape, loss_fn: str, config: dict[str, float]) -> HostBatch:
-    """Datums as padded rows. Padding is token 0 with weight 0 and ``valid`` 0, on the right and in missing rows.
+@dataclass(frozen=True)
+class Given:
+    """A datum with the loss that its request asked for."""
 
-    Example: datums of 3 and 2 tokens in a shape of 4 rows x 4 positions have
-    ``valid`` = [[1 1 1 0] [1 1 0 0] [0 0 0 0] [0 0 0 0]].
+    datum: Datum
+    loss_fn: str
+    config: dict[str, float]
+
+
+def lay_out(rows: Sequence[Sequence[Given]], shape: Shape) -> HostBatch:
+    """Datums one behind the other in their rows. Padding is token 0 without a loss, on the right and in missing rows.
+
+    Example: datums of 3 and 2 tokens in one row of 8 have positions [0 1 2 0 1 0 0 0] and starts [0 0 0 3 3 5 6 7]:
+    each position of padding stands alone.
     """
     plane = (shape.rows, shape.length)
-    tokens, targets = np.zeros(plane, np.int32), np.zeros((*plane, shape.num_targets), np.int32)
+    own = np.broadcast_to(np.arange(shape.length, dtype=np.int32), plane)
+    tokens, positions, starts = np.zeros(plane, np.int32), np.zeros(plane, np.int32), own.copy()
+    targets = np.zeros((*plane, shape.num_targets), np.int32)
+    loss_id = np.full(plane, -1, np.int32)
     weights = np.zeros(targets.shape, np.float32)
-    valid, recorded, advantages, mask = (np.zeros(plane, np.float32) for _ in range(4))
-    clips = {name: np.full(plane, config.get(name, 0.0), np.float32) for name in CLIPS}
-    for row, datum in enumerate(data):
-        length, inputs = datum.tokens.size, datum.inputs
-        tokens[row, :length] = datum.tokens
-        valid[row, :length] = 1.0
-        targets[row, :length, : num_targets(datum)] = inputs["target_tokens"].reshape(length, -1)
-        if "weights" in inputs:
-            weights[row, :length, : num_targets(datum)] = inputs["weights"].reshape(length, -1)
-        for name, plane_of in (("logprobs", recorded), ("advantages", advantages), *clips.items()):
-            if name in inputs:
-                plane_of[row, :length] = inputs[name]
-        # stable_reinforce with logprobs but no mask: all of them are to be taken as recorded.
-        known = inputs.get("sequence_ratio_mask", inputs.get(RECORDED_MASK, float("logprobs" in inputs)))
-        mask[row, :length] = known
-    scalars = (np.asarray(config.get(name, 0.0), np.float32) for name in ("beta", "kl_coeff", "ratio_cap"))
-    loss_id = np.asarray(LOSS_IDS[loss_fn], np.int32)
-    loss = LossBatch(loss_id, valid, weights, recorded, advantages, mask, *clips.values(), *scalars)
-    return HostBatch(tokens, targets, loss)
+    planes = {name: np.zeros(plane, np.float32) for name in (*_INPUTS, "mask", "sequence_log_ratio")}
+    for row, datums in enumerate(rows):
+        begin = 0
+        for given in datums:
+            datum, config = given.datum, given.config
+            length, inputs = datum.tokens.size, datum.inputs
+            here = (row, slice(begin, begin + length))
+            tokens[here], positions[here], starts[here] = datum.tokens, own[row, :length], begin
+            targets[(*here, slice(num_targets(datum)))] = inputs["target_tokens"].reshape(length, -1)
+            loss_id[here] = LOSS_IDS[given.loss_fn]
+            if "weights" in inputs:
+                weights[(*here, slice(num_targets(datum)))] = inputs["weights"].reshape(length, -1)
+            for name, source in _INPUTS.items():
+                planes[name][here] = inputs.get(source, config.get(source, 0.0))
+            # stable_reinforce with logprobs but no mask: all of them are to be taken as recorded.
+            known = inputs.get("sequence_ratio_mask", inputs.get(RECORDED_MASK, float("logprobs" in inputs)))
+            planes["mask"][here] = known
+            begin += length
+    datum_ids = starts + shape.length * np.arange(shape.rows, dtype=np.int32)[:, None]
+    loss = LossBatch(loss_id=loss_id, datum=datum_ids, weights=weights, **planes)
+    gspo = np.asarray((loss_id == LOSS_IDS["gspo"]).any())
+    return HostBatch(tokens, positions, starts, targets, _order(loss), loss, gspo)
+
+
+_INPUTS = {
+    "recorded": "logprobs",
+    "advantages": "advantages",
+    "clip_low": "clip_low_threshold",
+    "clip_high": "clip_high_threshold",
+    "beta": "beta",
+    "kl_coeff": "kl_coeff",
+    "ratio_cap": "ratio_cap",
+}
+"""Fields of LossBatch, and the input or setting by whose name a datum gives them."""
+
+
+def _order(loss: LossBatch) -> Order:
+    """Each row's positions: those whose loss has a derivative, then the other real ones, then padding."""
+    valid = loss.loss_id >= 0
+    weighted = (loss.weights != 0).any(axis=-1) | (loss.advantages != 0)
+    weighted |= (loss.beta != 0) | ((loss.kl_coeff != 0) & (loss.mask > 0))
+    weighted &= valid
+    rank = np.where(weighted, 0, np.where(valid, 1, 2))
+    first = np.argsort(rank, axis=1, kind="stable").astype(np.int32)
+    most = lambda which: np.asarray(which.sum(axis=1).max(initial=0), np.int32)
+    return Order(first, most(weighted), most(valid))

@@ -1,10 +1,12 @@
-"""How much memory the sampler may use for keys and values."""
+"""How much memory the sampler may use for keys and values, and training for activations."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tx.errors import StartupError
 
@@ -13,6 +15,11 @@ SHARE = 0.5
 
 CPU_SHARE = 0.25
 """Of what the machine has left: its memory isn't ours alone."""
+
+TRAINING_SHARE = 0.3
+"""Of an accelerator's memory after the weights, for activations; adapters and what programs use meanwhile is left."""
+
+CPU_TRAINING_SHARE = 0.25
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -36,6 +43,30 @@ def kv_bytes(device: Any, asked: int) -> int:
     if left is None:  # a device that doesn't tell
         return 2**30
     return int(left * (CPU_SHARE if device.platform == "cpu" else SHARE))
+
+
+def activation_bytes(device: Any) -> int | None:
+    """Bytes that activations may take on a device between a forward and a backward pass; None if it doesn't say."""
+    left = free_bytes(device)
+    return None if left is None else int(left * (CPU_TRAINING_SHARE if device.platform == "cpu" else TRAINING_SHARE))
+
+
+def kept_bytes_per_token(config: Any, dtype: Any) -> int:
+    """What a layer's backward pass finds of each token (``tx.layers.lora.KEPT`` and its input), of all layers.
+
+    Of a mixture's experts nothing is kept but what goes in.
+    """
+    attention = config.hidden_size * 2 + config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    dense = sum(not config.is_moe(layer) for layer in range(config.num_layers))
+    return (config.num_layers * attention + dense * 2 * config.intermediate_size) * np.dtype(dtype).itemsize
+
+
+def micro_batch_tokens(most: int, least: int, bytes_per_token: int, room: int | None) -> int:
+    """The largest power of two times ``least`` up to ``most`` whose activations fit into ``room`` bytes."""
+    tokens = most
+    while room is not None and tokens > least and tokens * bytes_per_token > room:
+        tokens //= 2
+    return tokens
 
 
 def free_bytes(device: Any) -> int | None:

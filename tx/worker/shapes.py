@@ -1,8 +1,9 @@
 """The small fixed set of padded shapes that training programs are compiled for. No JAX.
 
-Lengths are 16, 24, 32, 48, 64, … (powers of two and one and a half times them): a row is padded by less than half of
-itself, and a context of 32,768 has 23 lengths. Rows of one length are powers of two under a token budget. Everything
-else a program could depend on (which loss, its config, learning rates) is data, not shape.
+Row lengths are 16, 32, 64, 128, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, 1280, …).
+Packed rows are filled with several datums, so their lengths can be coarse below 512; a long datum fills its row mostly
+alone and wastes less than a fifth of it. Rows of one length are powers of two under a token budget. Everything else a
+program could depend on (which loss, its config, learning rates) is data, not shape.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 SHORTEST = 16
 """Shorter rows are padded to this many positions: their programs would save nothing."""
+
+_COARSE_UNTIL = 256
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,17 @@ class Limits:
 
     Attributes:
         tokens: budget of padded positions; a single row longer than it still runs, alone.
-        rows: cap on rows, 0 is off.
-        max_context: longest row there can be.
+        datums: cap on the datums of a micro-batch, 0 is off.
+        max_context: longest datum there can be.
         row_multiple: rows are multiples of this, so that they divide over the mesh.
+        packed: several datums per row, kept apart by the attention; else one datum per row.
     """
 
     tokens: int
-    rows: int
+    datums: int
     max_context: int
     row_multiple: int = 1
+    packed: bool = True
 
 
 def power_of_two(value: int) -> int:
@@ -55,30 +60,33 @@ def lengths(max_context: int) -> Iterator[int]:
     length = SHORTEST
     while length < max_context:
         yield length
-        if length + length // 2 < max_context:
-            yield length + length // 2
-        length *= 2
+        length += _step(length)
     yield max_context
+
+
+def _step(length: int) -> int:
+    """To the next length: double, half as much again at 256 and 384, then a quarter of the power of two below."""
+    if length < _COARSE_UNTIL:
+        return length
+    below = 1 << (length.bit_length() - 1)
+    return below // 2 if below == _COARSE_UNTIL else below // 4
 
 
 def padded_length(length: int, max_context: int) -> int:
     """The smallest padded length that holds ``length`` positions.
 
-    Example: 70 positions become 96, 100 become 128; with a context of 40,960, 33,000 become 40,960.
+    Example: 70 positions become 128, 300 become 384, 1,025 become 1,280; in a context of 9,000, 8,500 become 9,000.
     """
     if length > max_context:
         raise ValueError(f"a row of {length} positions in a context of {max_context}")
-    upper = max(SHORTEST, power_of_two(length))
-    middle = upper // 2 + upper // 4
-    padded = middle if middle > SHORTEST and length <= middle else upper
-    return min(padded, max_context)
+    return next(padded for padded in lengths(max_context) if padded >= length)
 
 
 def max_rows(length: int, limits: Limits) -> int:
     """Rows of a full micro-batch at this padded length: a power of two times ``row_multiple``, at least one of it."""
     rows = max(1, limits.tokens // length)
-    if limits.rows:
-        rows = min(rows, limits.rows)
+    if limits.datums and not limits.packed:
+        rows = min(rows, limits.datums)
     multiples = max(1, rows // limits.row_multiple)
     return limits.row_multiple * (power_of_two(multiples + 1) // 2)
 
@@ -101,3 +109,20 @@ def rows_for(waiting: int, length: int, limits: Limits) -> int:
 def padded_targets(num_targets: int) -> int:
     """Targets per position, padded to a power of two."""
     return power_of_two(num_targets)
+
+
+def all_shapes(limits: Limits, longest: int) -> list[Shape]:
+    """Every shape that datums of up to ``longest`` positions with one target each can meet: what may be compiled."""
+    found = []
+    for length in lengths(limits.max_context):
+        if limits.packed:
+            found.append(Shape(limits.row_multiple, length, 1))
+        else:
+            full = max_rows(length, limits)
+            rows = limits.row_multiple
+            while rows <= full:
+                found.append(Shape(rows, length, 1))
+                rows *= 2
+        if length >= longest and length * limits.row_multiple >= limits.tokens:
+            break
+    return found

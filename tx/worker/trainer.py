@@ -1,19 +1,23 @@
 """Trainer: submitted requests to micro-batches, micro-batches to losses and gradients, gradients to optimizer steps.
 
-A *pass* is everything that one model has waiting with the same loss: its rows are sorted by length and share
-micro-batches, each of which is one jitted call on one adapter. Gradients of a pass grow in an accumulator of their own
-and reach the model's state only when the whole pass is done, so a job that fails in the middle leaves nothing behind:
-the pass starts again without it. Models take turns, one micro-batch each.
+A *pass* is everything that one model has waiting, of forwards or of forward_backwards, whatever the losses: its datums
+are packed into micro-batches (``packing``) that run one after the other on its adapter. Gradients of a pass grow in an
+accumulator of their own and reach the model's state only when the whole pass is done, so a job that fails in the middle
+leaves nothing behind: the pass starts again without it. Models take turns, one micro-batch each.
 
-Programs are compiled per (shape, padded rank, adapter structure), never per loss, config or learning rate.
+Requests so small that reading the weights is most of their cost are an exception: those that wait at several models
+run as rows of one micro-batch, each with its own adapter. Whatever goes wrong there, they run again one by one.
+
+Programs (``layerwise``) are compiled per shape and padded rank, never per loss, config or learning rate.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,26 +25,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from tx.errors import InvalidInput, ModelLost
-from tx.layers.logprobs import target_logprobs
-from tx.layers.lora import Adapter, LoraWeights, adapter_sharding, single_view
-from tx.layers.sharding import sharding
+from tx.layers.lora import Adapter
 from tx.models.loading import LoadedModel
-from tx.types import AdamParams, Finished, ForwardBackward, ForwardBackwardResult
-from tx.worker import datums, optimizer
-from tx.worker.adapters import AdapterStore, TrainingState
-from tx.worker.losses import LossBatch, row_losses
-from tx.worker.packing import MicroBatch, Row, plan
-from tx.worker.shapes import Limits
+from tx.types import AdamParams, Datum, Finished, ForwardBackward, ForwardBackwardResult, LoraConfig
+from tx.worker import datums, memory, optimizer
+from tx.worker.adapters import AdapterStore, Ranks, TrainingState
+from tx.worker.datums import Given
+from tx.worker.layerwise import Layerwise, Outputs, Trained
+from tx.worker.packing import MicroBatch, Piece, plan
+from tx.worker.shapes import Limits, Shape, all_shapes, padded_length, power_of_two
+from tx.worker.throughput import Meter, PassCost, flops_per_token
 
 log = logging.getLogger(__name__)
 
-HEAD_BYTES_CPU = 64 << 20
+HEAD_TOKENS_CPU = 128
 HEAD_BYTES_GPU = 512 << 20
-"""float32 logits of one chunk of the head: enough tokens to be compute-bound, little enough to hold beside the rest."""
+"""Positions, or float32 logits, of one chunk of the head: enough to be compute-bound, few enough to skip others."""
+
+TOGETHER_TOKENS = 64
+"""Up to so many tokens, a model's request may run beside those of other models: see ``Trainer._tiny``."""
+
+TOGETHER_MODELS = 16
 
 
 @dataclass
@@ -53,18 +60,17 @@ class _Job:
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)  # by datum index
     losses: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Jobs of one model with equal keys may share a pass."""
-        return self.request.forward_only, self.request.loss_fn, tuple(sorted(self.config.items()))
+    def given(self, index: int) -> Given:
+        """A datum as ``datums.lay_out`` takes it."""
+        return Given(self.request.data[index], self.request.loss_fn, self.config)
 
-    def result(self) -> ForwardBackwardResult:
+    def result(self, cost: dict[str, float]) -> ForwardBackwardResult:
         data = self.request.data
         metrics = {
             "loss:sum": math.fsum(self.losses.values()),
             "num_tokens:sum": float(sum(datum.tokens.size for datum in data)),
         }
-        return ForwardBackwardResult([self.logprobs[index] for index in range(len(data))], metrics)
+        return ForwardBackwardResult([self.logprobs[index] for index in range(len(data))], metrics | cost)
 
 
 @dataclass
@@ -73,15 +79,22 @@ class _Pass:
 
     jobs: dict[int, _Job]
     batches: deque[MicroBatch]
+    forward_only: bool
     accumulator: Adapter | None = None
+    cost: PassCost = field(default_factory=PassCost)
+
+    def results(self, meter: Meter) -> list[Finished]:
+        """What the jobs of a pass that is through have come to."""
+        metrics = meter.finish(self.cost)
+        return [Finished(job.job_id, job.result(metrics)) for job in self.jobs.values()]
 
 
 class _NotFinite(Exception):
-    """Rows of a micro-batch whose loss or gradient is not finite."""
+    """Datums of a micro-batch whose loss or gradient is not finite."""
 
-    def __init__(self, rows: Iterable[Row], what: str) -> None:
+    def __init__(self, pieces: Iterable[Piece], what: str) -> None:
         super().__init__(what)
-        self.rows, self.what = tuple(rows), what
+        self.pieces, self.what = tuple(pieces), what
 
 
 class Trainer:
@@ -89,9 +102,11 @@ class Trainer:
 
     Args:
         micro_batch_tokens: budget of padded positions per micro-batch.
-        micro_batch_rows: cap on its rows, 0 is off.
-        gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations.
+        micro_batch_rows: cap on its datums, 0 is off.
+        gradient_checkpointing: always compute layers again in the backward pass; else only where a micro-batch's
+            activations don't fit into ``activation_bytes``.
         max_context: longest datum accepted.
+        activation_bytes: what may live between the forward and the backward pass, None for no limit.
     """
 
     def __init__(
@@ -103,18 +118,22 @@ class Trainer:
         micro_batch_rows: int = 0,
         gradient_checkpointing: bool = False,
         max_context: int,
+        activation_bytes: int | None = None,
     ) -> None:
         self._model, self._store = model, store
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-        self._limits = Limits(micro_batch_tokens, micro_batch_rows, max_context, shards)
-        self._remat = gradient_checkpointing
-        # On a CPU compiling is what a first step waits for; elsewhere unrolled layers spare a copy of the weights.
-        self._scan = model.mesh.size == 1 and model.mesh.devices.flat[0].platform == "cpu"
-        head_bytes = HEAD_BYTES_CPU if jax.default_backend() == "cpu" else HEAD_BYTES_GPU
-        self._chunk = max(64, head_bytes * model.mesh.shape["tp"] // (4 * model.config.vocab_size))
+        on_gpu = model.mesh.devices.flat[0].platform == "gpu"  # there cuDNN attends, one datum per row
+        self._limits = Limits(micro_batch_tokens, micro_batch_rows, max_context, shards, packed=not on_gpu)
+        self._activation_bytes = 0 if gradient_checkpointing else activation_bytes
+        gpu_chunk = HEAD_BYTES_GPU * model.mesh.shape["tp"] // (4 * model.config.vocab_size)
+        self._layerwise = Layerwise(
+            model, chunk=max(64, gpu_chunk) if on_gpu else HEAD_TOKENS_CPU, packed=self._limits.packed
+        )
+        self._meter = Meter(model)
         self._waiting: dict[str, list[_Job]] = {}
         self._passes: dict[str, _Pass] = {}
         self._turns: deque[str] = deque()  # models with work, the next one first
+        self._alone: set[int] = set()  # jobs that a micro-batch of several models failed with
 
     # ---- what the engine calls --------------------------------------------------------------------------------
 
@@ -140,6 +159,9 @@ class Trainer:
         if not self._turns:
             return []
         model_id = self._turns[0]
+        together = self._tiny()
+        if len(together) > 1:
+            return self._slice_together(together)
         current = self._passes.get(model_id) or self._start_pass(model_id)
         batch = current.batches[0]
         finished: list[Finished] = []
@@ -147,8 +169,9 @@ class Trainer:
             self._run(model_id, current, batch)
             current.batches.popleft()
             if not current.batches:
-                self._merge(model_id, current)
-                finished = [Finished(job.job_id, job.result()) for job in current.jobs.values()]
+                if current.accumulator is not None:
+                    self._merge(model_id, current.accumulator)
+                finished = current.results(self._meter)
                 del self._passes[model_id]
         except Exception as error:
             finished = self._recover(model_id, current, batch, error)
@@ -171,7 +194,7 @@ class Trainer:
         if model_id in self._turns:
             raise RuntimeError(f"optim_step of {model_id} while its forward_backwards are still running")
         state = self._store.state(model_id)
-        grads = state.grads if state.grads is not None else jax.tree.map(jnp.zeros_like, state.weights)
+        grads = state.grads if state.grads is not None else _zeros(state.weights)
         sizes = optimizer.step_sizes(params, state.step + 1)
         try:
             weights, mu, nu, norm = optimizer.adamw(state.weights, state.mu, state.nu, grads, sizes)
@@ -182,25 +205,53 @@ class Trainer:
         self._store.replace(model_id, TrainingState(weights, mu, nu, None, state.step + 1))
         return metrics
 
+    def warm_up(self, ranks: Sequence[int]) -> Iterator[str]:
+        """Compile every usual shape at these ranks, saying before each which; leaves nothing behind.
+
+        Usual are one target per position and datums up to the token budget: longer ones have few programs each.
+        """
+        for rank in ranks:
+            model_id = f"warm-up at rank {rank}"
+            self._store.create(model_id, LoraConfig(rank, 0))
+            for shape in all_shapes(self._limits, longest=self._limits.tokens):
+                yield f"training, {shape.rows} x {shape.length} at rank {rank}"
+                for forward_only in (True, False):
+                    self._rehearse(model_id, shape, forward_only)
+            yield f"optimizer step at rank {rank}"
+            self.optim_step(model_id, AdamParams(learning_rate=0.0))
+            self._store.drop(model_id)
+
+    def _rehearse(self, model_id: str, shape: Shape, forward_only: bool) -> None:
+        tokens = np.zeros(shape.length, np.int32)
+        inputs = {"target_tokens": tokens, "weights": np.ones(shape.length, np.float32)}
+        data = (Datum(tokens, inputs),) * shape.rows
+        self.submit(0, ForwardBackward(model_id, 0, data, "cross_entropy", {}, forward_only))
+        while model_id in self._turns:
+            self.slice()
+
     # ---- passes -----------------------------------------------------------------------------------------------
 
     def _start_pass(self, model_id: str) -> _Pass:
-        waiting = self._waiting[model_id]
-        jobs = [job for job in waiting if job.key == waiting[0].key]
-        rest = [job for job in waiting if job.key != waiting[0].key]
+        return self._plan_pass(model_id, {job.job_id: job for job in self._take(model_id)})
+
+    def _next_jobs(self, model_id: str) -> list[_Job]:
+        """The waiting jobs that may share a pass with the first."""
+        waiting = self._waiting.get(model_id, [])
+        return [job for job in waiting if job.request.forward_only == waiting[0].request.forward_only]
+
+    def _take(self, model_id: str) -> list[_Job]:
+        jobs = self._next_jobs(model_id)
+        rest = [job for job in self._waiting[model_id] if job not in jobs]
         if rest:
             self._waiting[model_id] = rest
         else:
             del self._waiting[model_id]
-        return self._plan_pass(model_id, {job.job_id: job for job in jobs})
+        return jobs
 
     def _plan_pass(self, model_id: str, jobs: dict[int, _Job]) -> _Pass:
-        rows = [
-            Row(datums.num_targets(datum), datum.tokens.size, job.job_id, index)
-            for job in jobs.values()
-            for index, datum in enumerate(job.request.data)
-        ]
-        self._passes[model_id] = _Pass(jobs, deque(plan(rows, self._limits)))
+        batches = deque(plan(_pieces(jobs.values()), self._limits))
+        forward_only = next(iter(jobs.values())).request.forward_only
+        self._passes[model_id] = _Pass(jobs, batches, forward_only)
         return self._passes[model_id]
 
     def _next_turn(self, model_id: str) -> None:
@@ -212,148 +263,209 @@ class Trainer:
             self._turns.append(model_id)
 
     def _run(self, model_id: str, current: _Pass, batch: MicroBatch) -> None:
-        """One jitted call; its results into the jobs, its gradients into the accumulator."""
-        jobs = [current.jobs[row.job_id] for row in batch.rows]
-        request = jobs[0].request
-        data = [job.request.data[row.index] for job, row in zip(jobs, batch.rows, strict=True)]
-        host = datums.lay_out(data, batch.shape, request.loss_fn, jobs[0].config)
-        accumulator, logprobs, losses, finite = self._call(model_id, current.accumulator, host, request.forward_only)
-        broken = [row for row, loss in zip(batch.rows, losses, strict=False) if not math.isfinite(loss)]
+        """One micro-batch; its results into the jobs, its gradients into the accumulator."""
+        state, ranks = self._store.state(model_id), self._store.ranks(model_id)
+        trained = _trained([state.weights], [ranks])
+        if current.forward_only and state.is_base:
+            trained = Trained((), None, None)
+        sums: tuple[Adapter, ...] = ()
+        if not current.forward_only:
+            sums = (_zeros(state.weights) if current.accumulator is None else current.accumulator,)
+            current.accumulator = None  # consumed, whatever happens
+        began = time.perf_counter()
+        gradients = self._compute(batch, current.jobs, trained, sums)
+        if gradients:
+            current.accumulator = gradients[0]
+        cost = flops_per_token(self._model, ranks, forward_only=current.forward_only)
+        current.cost.add(batch.num_tokens, batch.shape.num_tokens, time.perf_counter() - began, cost)
+
+    def _compute(
+        self, batch: MicroBatch, jobs: dict[int, _Job], trained: Trained, sums: tuple[Adapter, ...]
+    ) -> tuple[Adapter, ...]:
+        """Logprobs and losses of a micro-batch into its jobs, once all is known to be finite; its gradients."""
+        host = datums.lay_out([[jobs[p.job_id].given(p.index) for p in row] for row in batch.rows], batch.shape)
+        if sums:
+            outputs = self._layerwise.forward_backward(trained, sums, host, keep=self._keeps(batch.shape))
+        else:
+            outputs = self._layerwise.forward(trained, host)
+        self._read(batch, jobs, outputs)
+        return outputs.gradients
+
+    def _read(self, batch: MicroBatch, jobs: dict[int, _Job], outputs: Outputs) -> None:
+        logprobs, losses, finite = jax.device_get((outputs.logprobs, outputs.losses, outputs.finite))
+        found, broken = [], []
+        for row, pieces in enumerate(batch.rows):
+            begin = 0
+            for piece in pieces:
+                here = (row, slice(begin, begin + piece.length))
+                loss = math.fsum(losses[here].tolist()) if np.isfinite(losses[here]).all() else math.nan
+                found.append((piece, logprobs[here][:, : piece.num_targets], loss))
+                begin += piece.length
+                if not math.isfinite(loss):
+                    broken.append(piece)
         if broken:
             raise _NotFinite(broken, "a loss that is not finite")
         if not finite:
-            raise _NotFinite(batch.rows, "gradients that are not finite")
-        current.accumulator = accumulator
-        for row, job, values, loss in zip(batch.rows, jobs, logprobs, losses, strict=False):
-            targets = job.request.data[row.index].inputs["target_tokens"]
-            job.logprobs[row.index] = values[: row.length, : row.num_targets].reshape(targets.shape)
-            job.losses[row.index] = float(loss)
+            raise _NotFinite(batch.pieces, "gradients that are not finite")
+        for piece, values, loss in found:
+            job = jobs[piece.job_id]
+            shape = job.request.data[piece.index].inputs["target_tokens"].shape
+            job.logprobs[piece.index], job.losses[piece.index] = values.reshape(shape), loss
 
-    def _call(
-        self, model_id: str, accumulator: Adapter | None, host: datums.HostBatch, forward_only: bool
-    ) -> tuple[Adapter | None, np.ndarray, np.ndarray, bool]:
-        model, state, ranks = self._model, self._store.state(model_id), self._store.ranks(model_id)
-        scalings = (np.float32(ranks.scaling), np.float32(ranks.expert_scaling))
-        batch = jax.tree.map(self._to_device, (host.tokens, host.targets, host.loss))
-        static = (model.graphdef, ranks.padded, self._chunk, self._scan)
-        if forward_only:
-            outputs = _forward(*static, model.weights, state.weights, scalings, *batch)
-            logprobs, losses = jax.device_get(outputs)
-            return None, logprobs, losses, True
-        if accumulator is None:
-            accumulator = jax.tree.map(jnp.zeros_like, state.weights)
-        accumulator, *outputs = _forward_backward(
-            *static, self._remat, model.weights, state.weights, accumulator, scalings, *batch
-        )
-        logprobs, losses, finite = jax.device_get(outputs)
-        return accumulator, logprobs, losses, bool(finite)
+    def _keeps(self, shape: Shape) -> bool:
+        """Whether the backward pass of this shape finds its activations, or computes the layers again."""
+        if self._activation_bytes is None:
+            return True
+        each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
+        devices = self._model.mesh.shape["data"] * self._model.mesh.shape["fsdp"]
+        return shape.num_tokens * each // devices <= self._activation_bytes
 
-    def _to_device(self, array: np.ndarray) -> jax.Array:
-        axes = ("row", "seq", None)[: array.ndim]
-        return jax.device_put(array, sharding(axes, array.shape, self._model.mesh))
-
-    def _merge(self, model_id: str, current: _Pass) -> None:
+    def _merge(self, model_id: str, gradients: Adapter) -> None:
         """The pass is complete: its gradients join the model's."""
-        if current.accumulator is None:
-            return
         state = self._store.state(model_id)
-        grads = current.accumulator if state.grads is None else _add(state.grads, current.accumulator)
+        grads = gradients if state.grads is None else _add(state.grads, gradients)
         self._store.replace(model_id, replace(state, grads=grads))
 
     def _recover(self, model_id: str, current: _Pass, batch: MicroBatch, error: Exception) -> list[Finished]:
-        """After a failed micro-batch: start the pass again, with smaller micro-batches or without whoever failed.
+        """After a failed micro-batch: start the pass again, with less memory or without whoever failed.
 
         The accumulator was donated to the failed call, or has its numbers in it: a new pass begins without one.
         """
-        if _out_of_memory(error) and batch.shape.rows > self._limits.row_multiple:
-            self._limits = replace(self._limits, tokens=batch.shape.num_tokens // 2)
-            log.warning("out of memory: micro-batches now have at most %d tokens", self._limits.tokens)
+        if _out_of_memory(error) and self._can_shrink(batch, current.forward_only):
             self._plan_pass(model_id, current.jobs)
             return []
         failed: dict[int, Exception] = {}
-        for row in error.rows if isinstance(error, _NotFinite) else batch.rows:
+        for piece in error.pieces if isinstance(error, _NotFinite) else batch.pieces:
             if isinstance(error, _NotFinite):
                 accepted = "a finite loss with finite gradients; were logprobs, advantages or learning_rate too large?"
-                failed.setdefault(row.job_id, InvalidInput(f"data[{row.index}]", error.what, accepted))
+                failed.setdefault(piece.job_id, InvalidInput(f"data[{piece.index}]", error.what, accepted))
             else:
-                failed.setdefault(row.job_id, error)
+                failed.setdefault(piece.job_id, error)
         left = {job_id: job for job_id, job in current.jobs.items() if job_id not in failed}
         del self._passes[model_id]
         if left:
             self._plan_pass(model_id, left)
         return [Finished(job_id, error=cause) for job_id, cause in failed.items()]
 
+    def _can_shrink(self, batch: MicroBatch, forward_only: bool) -> bool:
+        """Make this micro-batch's kind need less memory from now on; False if it can't."""
+        shape = batch.shape
+        if not forward_only and self._keeps(shape):
+            each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
+            self._activation_bytes = max(0, shape.num_tokens * each // 2)
+            log.warning("out of memory: layers of more than %d tokens are computed twice", shape.num_tokens // 2)
+            return True
+        if len(batch.pieces) > self._limits.row_multiple:
+            self._limits = replace(self._limits, tokens=shape.num_tokens // 2)
+            log.warning("out of memory: micro-batches now have at most %d tokens", self._limits.tokens)
+            return True
+        return False
+
+    # ---- several models in one micro-batch --------------------------------------------------------------------
+
+    def _tiny(self) -> list[str]:
+        """The models, the next in turn first, whose tiny passes can run as rows of one micro-batch.
+
+        Worth it where a model alone has too few tokens to pay for reading the weights. Each row has its own copy of
+        an adapter, which costs as much as ``rank / embed`` of the weights, so many tokens per model don't gain.
+        """
+        if self._model.mesh.size > 1 or self._model.config.num_experts or not self._is_tiny(self._turns[0]):
+            return []
+        first = self._next_jobs(self._turns[0])[0].request.forward_only
+        like = self._sites(self._turns[0])
+        chosen: list[str] = []
+        most = min(TOGETHER_MODELS, self._store.max_resident)
+        for model_id in self._turns:
+            alike = self._is_tiny(model_id) and self._next_jobs(model_id)[0].request.forward_only == first
+            if alike and self._sites(model_id) == like:
+                chosen.append(model_id)
+            if len(chosen) == most:
+                break
+        return chosen
+
+    def _is_tiny(self, model_id: str) -> bool:
+        jobs = self._next_jobs(model_id)
+        if model_id in self._passes or not jobs or any(job.job_id in self._alone for job in jobs):
+            return False
+        pieces = _pieces(jobs)
+        length = sum(piece.length for piece in pieces)
+        if self._limits.datums and len(pieces) > self._limits.datums:
+            return False
+        return length <= TOGETHER_TOKENS and max(piece.num_targets for piece in pieces) == 1
+
+    def _sites(self, model_id: str) -> tuple[bool, bool, bool]:
+        lora = self._store.lora(model_id)
+        return lora.train_attn, lora.train_mlp, lora.train_unembed
+
+    def _slice_together(self, model_ids: list[str]) -> list[Finished]:
+        jobs = {model_id: self._next_jobs(model_id) for model_id in model_ids}
+        try:
+            passes = self._run_together(jobs)
+        except Exception as error:
+            log.debug("%d models run one by one after: %s", len(model_ids), error)
+            self._alone.update(job.job_id for group in jobs.values() for job in group)
+            return []
+        finished = []
+        for model_id, done in passes.items():
+            self._take(model_id)
+            if done.accumulator is not None:
+                self._merge(model_id, done.accumulator)
+            finished += done.results(self._meter)
+            self._next_turn(model_id)
+        return finished
+
+    def _run_together(self, jobs: dict[str, list[_Job]]) -> dict[str, _Pass]:
+        """One micro-batch of a row per model; nothing of any model has changed if it raises."""
+        states = [self._store.state(model_id) for model_id in jobs]
+        ranks = [self._store.ranks(model_id) for model_id in jobs]
+        widest = max(each.padded[0] for each in ranks)
+        rows = tuple(tuple(_pieces(group)) for group in jobs.values())
+        longest = max(sum(piece.length for piece in row) for row in rows)
+        missing = power_of_two(len(rows)) - len(rows)
+        shape = Shape(len(rows) + missing, padded_length(longest, self._limits.max_context), 1)
+        batch = MicroBatch(rows, shape)
+        weights = [_resize(state.weights, widest) for state in states]
+        trained = _trained(weights + weights[-1:] * missing, ranks + ranks[-1:] * missing, widest)
+        forward_only = next(iter(jobs.values()))[0].request.forward_only
+        sums: tuple[Adapter, ...] = () if forward_only else tuple(_zeros(one) for one in trained.adapters)
+        everyone = {job.job_id: job for group in jobs.values() for job in group}
+        began = time.perf_counter()
+        gradients = self._compute(batch, everyone, trained, sums)
+        share = (time.perf_counter() - began) / len(rows)
+        passes = {}
+        for index, (model_id, group) in enumerate(jobs.items()):
+            done = _Pass({job.job_id: job for job in group}, deque(), forward_only)
+            if gradients:
+                done.accumulator = _resize(gradients[index], ranks[index].padded[0])
+            cost = flops_per_token(self._model, ranks[index], forward_only=forward_only)
+            num_tokens = sum(piece.length for piece in rows[index])
+            done.cost.add(num_tokens, shape.num_tokens // len(rows), share, cost)
+            passes[model_id] = done
+        return passes
+
+
+def _pieces(jobs: Iterable[_Job]) -> list[Piece]:
+    return [
+        Piece(datums.num_targets(datum), datum.tokens.size, job.job_id, index)
+        for job in jobs
+        for index, datum in enumerate(job.request.data)
+    ]
+
+
+def _trained(weights: Sequence[Adapter], ranks: Sequence[Ranks], width: int | None = None) -> Trained:
+    """Adapters with their scalings, of ``width`` columns or of their own padded rank."""
+    gate = [np.full(width or each.padded[0], each.scaling, np.float32) for each in ranks]
+    expert_gate = [np.full(each.padded[1], each.expert_scaling, np.float32) for each in ranks[:1]]
+    return Trained(tuple(weights), np.stack(gate), np.stack(expert_gate))
+
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-# ---- jitted programs ------------------------------------------------------------------------------------------
-
-
-def _losses(
-    model: Any,
-    adapter: Adapter,
-    padded_ranks: tuple[int, int],
-    chunk: int,
-    scan: bool,
-    remat: bool,
-    scalings: tuple[jax.Array, jax.Array],
-    tokens: Int[Array, "row seq"],
-    targets: Int[Array, "row seq k"],
-    batch: LossBatch,
-) -> tuple[Float[Array, "row seq k"], Float[Array, " row"]]:
-    """Logprobs of the targets and each row's loss."""
-    view = single_view(adapter, *scalings, *padded_ranks)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model.hidden_states(tokens, positions, adapter=view, remat=remat, scan=scan)
-    logprobs = target_logprobs(hidden, model.unembed_kernel(), targets, adapter.unembed, view.gate, chunk=chunk)
-    return logprobs, row_losses(logprobs, batch)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forward(
-    graphdef: Any,
-    padded_ranks: tuple[int, int],
-    chunk: int,
-    scan: bool,
-    weights: Any,
-    adapter: Adapter,
-    scalings: tuple[jax.Array, jax.Array],
-    tokens: Int[Array, "row seq"],
-    targets: Int[Array, "row seq k"],
-    batch: LossBatch,
-) -> tuple[Float[Array, "row seq k"], Float[Array, " row"]]:
-    model = nnx.merge(graphdef, weights)
-    return _losses(model, adapter, padded_ranks, chunk, scan, False, scalings, tokens, targets, batch)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(7,))
-def _forward_backward(
-    graphdef: Any,
-    padded_ranks: tuple[int, int],
-    chunk: int,
-    scan: bool,
-    remat: bool,
-    weights: Any,
-    adapter: Adapter,
-    accumulator: Adapter,
-    scalings: tuple[jax.Array, jax.Array],
-    tokens: Int[Array, "row seq"],
-    targets: Int[Array, "row seq k"],
-    batch: LossBatch,
-) -> tuple[Adapter, Float[Array, "row seq k"], Float[Array, " row"], Bool[Array, ""]]:
-    """The accumulator with this micro-batch's gradients added, logprobs, losses, and whether the sum is finite."""
-    model = nnx.merge(graphdef, weights)
-
-    def loss(adapter: Adapter) -> tuple[Float[Array, ""], tuple[jax.Array, jax.Array]]:
-        logprobs, per_row = _losses(model, adapter, padded_ranks, chunk, scan, remat, scalings, tokens, targets, batch)
-        return jnp.sum(per_row), (logprobs, per_row)
-
-    grads, (logprobs, per_row) = jax.grad(loss, has_aux=True)(adapter)
-    total = _in_place(jax.tree.map(jnp.add, accumulator, grads), model, padded_ranks)
-    finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(total)]).all()
-    return total, logprobs, per_row, finite
+@jax.jit
+def _zeros(like: Adapter) -> Adapter:
+    return jax.tree.map(jnp.zeros_like, like)
 
 
 @partial(jax.jit, donate_argnums=(1,))
@@ -362,20 +474,20 @@ def _add(grads: Adapter, more: Adapter) -> Adapter:
     return jax.tree.map(jnp.add, grads, more)
 
 
-def _in_place(adapter: Adapter, model: Any, padded_ranks: tuple[int, int]) -> Adapter:
-    """Pinned to where adapters live on the mesh, so that donated accumulators keep their place."""
-    if model.mesh is None or model.mesh.size == 1:
-        return adapter
+def _resize(adapter: Adapter, rank: int) -> Adapter:
+    """A dense adapter with so many columns: zeros added, or zeros cut off."""
+    have = next(leaf.shape[-1] for leaf in jax.tree.leaves(adapter))
+    return adapter if have == rank else _resized(adapter, rank)
 
-    def pin(site: Any, weights: LoraWeights) -> LoraWeights:
-        places = adapter_sharding(site, model.mesh, padded_ranks[site.num_experts is not None])
-        return jax.tree.map(jax.lax.with_sharding_constraint, weights, places)
 
-    layers: list[dict[str, LoraWeights]] = [dict(layer) for layer in adapter.layers]
-    unembed = adapter.unembed
-    for site in model.lora_sites():
-        if site.layer is None:
-            unembed = None if unembed is None else pin(site, unembed)
-        elif site.key in layers[site.layer]:
-            layers[site.layer][site.key] = pin(site, layers[site.layer][site.key])
-    return Adapter(tuple(layers), unembed)
+@partial(jax.jit, static_argnums=1)
+def _resized(adapter: Adapter, rank: int) -> Adapter:
+    def resize(path: Any, x: jax.Array) -> jax.Array:
+        axis = -1 if path[-1].name == "a" else -2
+        if x.shape[axis] >= rank:
+            return jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim + axis)
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, rank - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    return jax.tree_util.tree_map_with_path(resize, adapter)

@@ -1,0 +1,302 @@
+"""A training micro-batch as a chain of compiled programs: embedding, each layer forward, head, each layer backward.
+
+Layers of one kind share their programs, so compiling costs one layer forward, one backward, and the head, however deep
+the model is (SmolLM2's first step: 5 programs of about a second, where the whole as one program takes 12 s). Nothing
+is lost against one program: between layers only the residual stream passes, and the host is a few layers ahead of the
+device. Between the two passes of a layer lives what ``tx.layers.lora.KEPT`` names, or, with ``keep`` off, only its
+input. Weights are arguments, never constants, and get no gradient; a layer's gradients are added to donated
+accumulators the moment they are known.
+
+One adapter's rows are plain products. Several adapters are one row each (``tx.layers.lora``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from tx.layers.attention import Packed
+from tx.layers.logprobs import loss_and_gradient, target_logprobs
+from tx.layers.lora import KEPT, Adapter, LoraSite, LoraWeights, adapter_sharding
+from tx.layers.sharding import sharding
+from tx.layers.stack import LayerLora
+from tx.models.loading import LoadedModel
+from tx.worker.datums import HostBatch
+from tx.worker.losses import LossBatch, position_losses, with_sequence_ratios
+
+Sites = dict[str, LoraWeights]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Who a micro-batch trains: one adapter, or one per row (dense sites only), all of the same padded ranks.
+
+    gate: float32 [adapters, rank], full of each one's scaling; expert_gate likewise. No adapters: the base model.
+    """
+
+    adapters: tuple[Adapter, ...]
+    gate: np.ndarray | None
+    expert_gate: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """On the device: logprobs [row seq k], losses [row seq]; gradients per adapter, and whether all are finite."""
+
+    logprobs: Float[Array, "row seq k"]
+    losses: Float[Array, "row seq"]
+    gradients: tuple[Adapter, ...] = ()
+    finite: Bool[Array, ""] | bool = True
+
+
+class Layerwise:
+    """The programs of one loaded model.
+
+    Args:
+        chunk: positions that go through the head at a time.
+        packed: whether rows hold several datums, so that attention must keep them apart.
+    """
+
+    def __init__(self, model: LoadedModel, *, chunk: int, packed: bool) -> None:
+        self._model = model
+        self._packed = packed
+        self._ends = _ends(model.graphdef, chunk)
+        whole = nnx.merge(model.graphdef, model.weights)
+        by_layer: list[dict[str, LoraSite]] = [{} for _ in whole.layers]
+        for site in whole.lora_sites():
+            if site.layer is not None:
+                by_layer[site.layer][site.key] = site
+        self._layers: list[tuple[_LayerPrograms, Any]] = []
+        for layer, sites in zip(whole.layers, by_layer, strict=True):
+            graphdef, weights = nnx.split(layer)
+            axes = tuple((key, site.in_axis, site.out_axis, site.num_experts) for key, site in sorted(sites.items()))
+            self._layers.append((_layer_programs(graphdef, model.mesh, axes), weights))
+
+    def forward(self, trained: Trained, host: HostBatch) -> Outputs:
+        """Logprobs and losses."""
+        batch = self._to_device(host)
+        x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
+        rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
+        for index, (programs, weights) in enumerate(self._layers):
+            x = programs.forward(weights, _sites(trained, index), x, *rest)
+        head = (x, trained.gate, batch)
+        logprobs, losses = self._ends.score(self._model.weights, _unembeds(trained), *head)
+        return Outputs(logprobs, losses)
+
+    def forward_backward(
+        self, trained: Trained, accumulators: tuple[Adapter, ...], host: HostBatch, *, keep: bool
+    ) -> Outputs:
+        """The same, and the accumulators, which are consumed, with this micro-batch's gradients added."""
+        batch = self._to_device(host)
+        x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
+        rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
+        saved: list[Any] = []
+        for index, (programs, weights) in enumerate(self._layers):
+            if keep:
+                x, pull = programs.keep(weights, _sites(trained, index), x, *rest)
+                saved.append(pull)
+            else:
+                saved.append(x)
+                x = programs.forward(weights, _sites(trained, index), x, *rest)
+        sums_of_head = tuple(adapter.unembed for adapter in accumulators)
+        dx, sums_of_head, logprobs, losses, finite = self._ends.gradient(
+            self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
+        )
+        layers: list[tuple[Sites, ...]] = []
+        for index in reversed(range(len(self._layers))):
+            programs, weights = self._layers[index]
+            sums = tuple(adapter.layers[index] for adapter in accumulators)
+            if keep:
+                dx, sums, finite = programs.backward(saved.pop(), dx, sums, finite)
+            else:
+                inputs = (weights, _sites(trained, index), saved.pop(), *rest)
+                dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)
+            layers.append(sums)
+        gradients = tuple(
+            Adapter(tuple(sums[which] for sums in reversed(layers)), unembed)
+            for which, unembed in enumerate(sums_of_head)
+        )
+        return Outputs(logprobs, losses, gradients, finite)
+
+    def _to_device(self, host: HostBatch) -> HostBatch:
+        mesh = self._model.mesh
+
+        def put(array: np.ndarray) -> jax.Array:
+            axes = ("row", "seq", None)[: array.ndim]
+            return jax.device_put(array, sharding(axes, array.shape, mesh))
+
+        return jax.tree.map(put, host)
+
+    def _place(self, batch: HostBatch) -> Packed | None:
+        return Packed(batch.starts) if self._packed else None
+
+
+def _sites(trained: Trained, layer: int) -> tuple[Sites, ...]:
+    return tuple(adapter.layers[layer] for adapter in trained.adapters)
+
+
+def _unembeds(trained: Trained) -> tuple[LoraWeights | None, ...]:
+    return tuple(adapter.unembed for adapter in trained.adapters)
+
+
+# ---- a layer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LayerPrograms:
+    forward: Callable[..., Any]
+    keep: Callable[..., Any]
+    backward: Callable[..., Any]
+    backward_again: Callable[..., Any]
+
+
+@lru_cache(maxsize=64)
+def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...]) -> _LayerPrograms:
+    """Programs of one kind of layer. ``axes``: (key, in axis, out axis, experts) of each site."""
+
+    def layer(
+        weights: Any, sites: tuple[Sites, ...], x: Any, rope: Any, positions: Any, place: Any, *gates: Any
+    ) -> Any:
+        module = nnx.merge(graphdef, weights)
+        y, _ = module(x, rope, positions, LayerLora(_join(sites), *gates), None, place)
+        return y
+
+    def pulled(function: Callable[..., Any], weights: Any, sites: Any, x: Any, *rest: Any) -> tuple[Any, Any]:
+        return jax.vjp(lambda sites, x: function(weights, sites, x, *rest), sites, x)
+
+    def keep(*inputs: Any) -> tuple[Any, Any]:
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        return pulled(jax.checkpoint(layer, policy=policy), *inputs)
+
+    def add(pull: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
+        gradients, dx = pull(dx)
+        sums = jax.tree.map(jnp.add, sums, gradients)
+        return dx, tuple(_in_place(site, mesh, axes) for site in sums), finite & _all_finite(sums)
+
+    def add_again(inputs: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
+        return add(pulled(layer, *inputs)[1], dx, sums, finite)
+
+    return _LayerPrograms(
+        forward=jax.jit(layer),
+        keep=jax.jit(keep),
+        backward=jax.jit(add, donate_argnums=2),
+        backward_again=jax.jit(add_again, donate_argnums=2),
+    )
+
+
+def _join(sites: tuple[Any, ...]) -> Any:
+    """One adapter's arrays as they are; several stacked along a row axis in front."""
+    if not sites:
+        return {}
+    return sites[0] if len(sites) == 1 else jax.tree.map(lambda *arrays: jnp.stack(arrays), *sites)
+
+
+def _in_place(sites: Sites, mesh: Any, axes: tuple[tuple[Any, ...], ...]) -> Sites:
+    """Pinned to where adapters live on the mesh, so that donated accumulators keep their place."""
+    if mesh.size == 1:
+        return sites
+    pinned = {}
+    for key, in_axis, out_axis, num_experts in axes:
+        if key in sites:
+            a, b = sites[key].a, sites[key].b
+            site = LoraSite(key, None, key, "", a.shape[-2], b.shape[-1], num_experts, in_axis, out_axis)
+            pinned[key] = _pin(sites[key], site, mesh)
+    return pinned
+
+
+def _pin(weights: LoraWeights, site: LoraSite, mesh: Any) -> LoraWeights:
+    return jax.tree.map(jax.lax.with_sharding_constraint, weights, adapter_sharding(site, mesh, weights.a.shape[-1]))
+
+
+def _all_finite(tree: Any) -> Any:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
+
+
+# ---- both ends ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ends:
+    embed: Callable[..., Any]
+    score: Callable[..., Any]
+    gradient: Callable[..., Any]
+
+
+@lru_cache(maxsize=16)
+def _ends(graphdef: Any, chunk: int) -> _Ends:
+    """Programs of what is before the first layer and behind the last."""
+
+    def embed(weights: Any, tokens: Any, positions: Any) -> Any:
+        return nnx.merge(graphdef, weights).embed(tokens, positions)
+
+    def prepare(
+        hidden: Any, kernel: Any, lora: Any, gate: Any, targets: Any, loss: LossBatch, needed: Any
+    ) -> LossBatch:
+        """gspo must know a datum's logprobs before the loss of its first position: a pass over the head of its own."""
+
+        def ratios(loss: LossBatch) -> LossBatch:
+            return with_sequence_ratios(target_logprobs(hidden, kernel, targets, lora, gate, chunk=chunk), loss)
+
+        return jax.lax.cond(needed, ratios, lambda loss: loss, loss)
+
+    def score(
+        weights: Any, unembeds: Any, x: Any, gate: Any, targets: Any, order: Any, loss: LossBatch, needed: Any
+    ) -> tuple[Any, Any]:
+        model = nnx.merge(graphdef, weights)
+        lora = _join_unembeds(unembeds)
+        hidden, kernel = model.norm(x), model.unembed_kernel()
+        logprobs = target_logprobs(hidden, kernel, targets, lora, gate, chunk=chunk)
+        loss = jax.lax.cond(needed, lambda loss: with_sequence_ratios(logprobs, loss), lambda loss: loss, loss)
+        return logprobs, position_losses(logprobs, loss)
+
+    def gradient(
+        weights: Any,
+        unembeds: Any,
+        sums: Any,
+        x: Any,
+        gate: Any,
+        targets: Any,
+        order: Any,
+        loss: LossBatch,
+        needed: Any,
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        model = nnx.merge(graphdef, weights)
+        lora, kernel = _join_unembeds(unembeds), model.unembed_kernel()
+        hidden, pull = jax.vjp(lambda x: model.norm(x), x)
+        loss = prepare(hidden, kernel, lora, gate, targets, loss, needed)
+        logprobs, losses, grads = loss_and_gradient(
+            hidden, kernel, targets, lora, gate, order, loss, position_losses, chunk=chunk
+        )
+        sums = jax.tree.map(jnp.add, sums, _split(grads.lora, len(sums)))
+        if model.mesh is not None and model.mesh.size > 1 and lora is not None:
+            site = next(site for site in model.lora_sites() if site.layer is None)
+            sums = tuple(_pin(one, site, model.mesh) for one in sums)
+        (dx,) = pull(grads.hidden)
+        return dx, sums, logprobs, losses, _all_finite(sums)
+
+    return _Ends(jax.jit(embed), jax.jit(score), jax.jit(gradient, donate_argnums=2))
+
+
+def _completed(batch: HostBatch, logprobs: Callable[[], Any]) -> LossBatch:
+    """The losses' inputs; gspo must know all logprobs of a datum before the loss of its first position."""
+    ratios = lambda loss: with_sequence_ratios(logprobs(), loss)
+    return jax.lax.cond(batch.has_sequence_ratios, ratios, lambda loss: loss, batch.loss)
+
+
+def _join_unembeds(unembeds: tuple[LoraWeights | None, ...]) -> LoraWeights | None:
+    return None if not unembeds or unembeds[0] is None else _join(unembeds)
+
+
+def _split(joined: LoraWeights | None, count: int) -> tuple[LoraWeights | None, ...]:
+    """The inverse of ``_join``."""
+    if count == 1:
+        return (joined,)
+    return tuple(jax.tree.map(partial(lambda index, x: x[index], index), joined) for index in range(count))
