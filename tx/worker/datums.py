@@ -80,7 +80,7 @@ def _check_inputs(field: str, datum: Datum, spec: LossSpec, vocab_size: int) -> 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HostBatch:
-    """One micro-batch, in numpy until it goes to the device, int32 unless said; [row seq] but for ``targets`` [row seq k].
+    """One micro-batch, numpy until it goes to the device. int32 [row seq] unless said; ``targets`` [row seq k].
 
     Attributes:
         positions: of each token in its own datum.

@@ -237,44 +237,19 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
     def embed(weights: Any, tokens: Any, positions: Any) -> Any:
         return nnx.merge(graphdef, weights).embed(tokens, positions)
 
-    def prepare(
-        hidden: Any, kernel: Any, lora: Any, gate: Any, targets: Any, loss: LossBatch, needed: Any
-    ) -> LossBatch:
-        """gspo must know a datum's logprobs before the loss of its first position: a pass over the head of its own."""
-
-        def ratios(loss: LossBatch) -> LossBatch:
-            return with_sequence_ratios(target_logprobs(hidden, kernel, targets, lora, gate, chunk=chunk), loss)
-
-        return jax.lax.cond(needed, ratios, lambda loss: loss, loss)
-
-    def score(
-        weights: Any, unembeds: Any, x: Any, gate: Any, targets: Any, order: Any, loss: LossBatch, needed: Any
-    ) -> tuple[Any, Any]:
+    def score(weights: Any, unembeds: Any, x: Any, gate: Any, batch: HostBatch) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, weights)
-        lora = _join_unembeds(unembeds)
-        hidden, kernel = model.norm(x), model.unembed_kernel()
-        logprobs = target_logprobs(hidden, kernel, targets, lora, gate, chunk=chunk)
-        loss = jax.lax.cond(needed, lambda loss: with_sequence_ratios(logprobs, loss), lambda loss: loss, loss)
-        return logprobs, position_losses(logprobs, loss)
+        head = (model.norm(x), model.unembed_kernel(), batch.targets, _join_unembeds(unembeds), gate)
+        logprobs = target_logprobs(*head, chunk=chunk)
+        return logprobs, position_losses(logprobs, _completed(batch, lambda: logprobs))
 
-    def gradient(
-        weights: Any,
-        unembeds: Any,
-        sums: Any,
-        x: Any,
-        gate: Any,
-        targets: Any,
-        order: Any,
-        loss: LossBatch,
-        needed: Any,
-    ) -> tuple[Any, Any, Any, Any, Any]:
+    def gradient(weights: Any, unembeds: Any, sums: Any, x: Any, gate: Any, batch: HostBatch) -> tuple[Any, ...]:
         model = nnx.merge(graphdef, weights)
-        lora, kernel = _join_unembeds(unembeds), model.unembed_kernel()
         hidden, pull = jax.vjp(lambda x: model.norm(x), x)
-        loss = prepare(hidden, kernel, lora, gate, targets, loss, needed)
-        logprobs, losses, grads = loss_and_gradient(
-            hidden, kernel, targets, lora, gate, order, loss, position_losses, chunk=chunk
-        )
+        lora = _join_unembeds(unembeds)
+        head = (hidden, model.unembed_kernel(), batch.targets, lora, gate)
+        loss = _completed(batch, lambda: target_logprobs(*head, chunk=chunk))
+        logprobs, losses, grads = loss_and_gradient(*head, batch.order, loss, position_losses, chunk=chunk)
         sums = jax.tree.map(jnp.add, sums, _split(grads.lora, len(sums)))
         if model.mesh is not None and model.mesh.size > 1 and lora is not None:
             site = next(site for site in model.lora_sites() if site.layer is None)
