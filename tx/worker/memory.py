@@ -62,7 +62,7 @@ def kept_bytes_per_token(config: Any, dtype: Any) -> int:
 
 
 def micro_batch_tokens(most: int, least: int, bytes_per_token: int, room: int | None) -> int:
-    """The largest power of two times ``least`` up to ``most`` whose activations fit into ``room`` bytes."""
+    """``most`` halved until its activations fit into ``room`` bytes (None: no limit), or ``least`` is reached."""
     tokens = most
     while room is not None and tokens > least and tokens * bytes_per_token > room:
         tokens //= 2

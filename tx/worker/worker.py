@@ -43,9 +43,12 @@ BLOCKS_PER_SLOT = 4
 MIN_KV_BLOCKS = 4
 """Fewer can't hold two short rows and their prompts."""
 
-CPU_MICRO_BATCH_TOKENS = 256
+CPU_MICRO_BATCH_TOKENS = 512
 GPU_MICRO_BATCH_TOKENS = 8192
 """Enough for matrix products to be compute-bound; a larger micro-batch would only make sampling wait longer."""
+
+MIN_MICRO_BATCH_TOKENS = 128
+"""Where memory is short, activations are computed twice before micro-batches become smaller than this."""
 
 
 class Worker:
@@ -110,14 +113,15 @@ class Worker:
         )
         self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters)
         self._snapshots = SnapshotStore(self._model, max_resident=max_lora_adapters)
+        room = memory.activation_bytes(mesh.devices.flat[0])
         self._trainer = Trainer(
             self._model,
             self._adapters,
-            micro_batch_tokens=train_micro_batch_tokens
-            or (CPU_MICRO_BATCH_TOKENS if on_cpu else GPU_MICRO_BATCH_TOKENS),
+            micro_batch_tokens=train_micro_batch_tokens or self._micro_batch_tokens(room, on_cpu),
             micro_batch_rows=train_micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             max_context=self.card.max_context,
+            activation_bytes=room,
         )
         slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
         kv_blocks = self._kv_blocks(kv_cache_memory, slots)
@@ -136,6 +140,15 @@ class Worker:
             eos_token_ids=config.eos_token_ids,
             detokenize=_detokenizer(model_folder),
         )
+
+    def _micro_batch_tokens(self, room: int | None, on_cpu: bool) -> int:
+        """The usual budget, or as much of it as keeps its activations in ``room`` bytes per device."""
+        most = CPU_MICRO_BATCH_TOKENS if on_cpu else GPU_MICRO_BATCH_TOKENS
+        each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
+        shape = self._model.mesh.shape
+        tokens = memory.micro_batch_tokens(most, MIN_MICRO_BATCH_TOKENS, each // (shape["data"] * shape["fsdp"]), room)
+        log.info("training: micro-batches of %d tokens, %.1f kB kept of each", tokens, each / 1e3)
+        return tokens
 
     def _kv_blocks(self, asked_bytes: int, slots: int) -> int:
         """Blocks of keys and values that each device has room for, no more than ``slots`` rows can ever fill."""
