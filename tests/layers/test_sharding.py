@@ -20,23 +20,24 @@ def test_every_rule_names_real_mesh_axes():
 
 def test_names_become_mesh_axes():
     assert spec(("embed", "ffn"), (64, 128), MESH) == PartitionSpec("fsdp", "tp")
-    assert spec(("row", "seq", None), (8, 5, 64), MESH) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec(("row", "seq", None), (8, 5, 64), MESH) == PartitionSpec(("data", "fsdp"))
+    assert spec((None, "ffn", "rank"), (8, 64, 4), MESH) == PartitionSpec(None, "tp")
     assert spec(("expert", "embed", "ffn"), (8, 64, 128), MESH) == PartitionSpec("ep", "fsdp", "tp")
 
 
 def test_axes_of_one_device_are_left_out():
-    assert spec(("row", "heads"), (1, 9), make_mesh()) == PartitionSpec(None, None)
+    assert spec(("row", "heads"), (1, 9), make_mesh()) == PartitionSpec()
 
 
 @pytest.mark.parametrize(("name", "size"), [("row", 3), ("kv_heads", 2), ("vocab", 49)])
 def test_some_names_are_replicated_when_they_do_not_divide(name, size):
-    assert spec((name,), (size,), MESH) == PartitionSpec(None)
+    assert spec((name,), (size,), MESH) == PartitionSpec()
 
 
 def test_others_are_refused_with_the_numbers():
     with pytest.raises(StartupError, match="heads of size 9 doesn't divide over 8 devices"):
         spec(("heads",), (9,), MESH)
-    assert spec(("heads",), (9,), MESH, strict=False) == PartitionSpec(None)
+    assert spec(("heads",), (9,), MESH, strict=False) == PartitionSpec()
 
 
 def test_two_dimensions_that_want_one_mesh_axis_are_an_error():

@@ -321,8 +321,8 @@ def test_losses_configs_and_learning_rates_compile_nothing(lab: Lab):
     store, trainer = lab.trainer()
     lab.load(store)
     lab.run(trainer, lab.request("ppo"), lab.request("ppo", forward_only=True))
-    trainer.optim_step("m", AdamParams())
     lab.run(trainer, lab.request())
+    trainer.optim_step("m", AdamParams())
     with compilations() as compiled:
         for index, case in enumerate(("cispo", "dro", "gspo", "stable_reinforce", "importance_sampling")):
             config = {key: value * 1.01 for key, value in CASES[case][1].items()}

@@ -40,6 +40,8 @@ def spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh, *, strict:
     """Where each dimension of an array goes; two dimensions that want one mesh axis are an error.
 
     A dimension that doesn't divide is replicated if its name is in MAY_REPLICATE (or if not ``strict``), else refused.
+    Replicated dimensions at the end are left out, as they are where a program gives an array back: one place under two
+    spellings would have programs compiled twice.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} axis names {tuple(axes)} for a shape {tuple(shape)}")
@@ -60,6 +62,8 @@ def spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh, *, strict:
             raise ValueError(f"axes {tuple(axes)} use the mesh axis {sorted(used & set(mesh_axes))} twice")
         used |= set(mesh_axes)
         entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+    while entries and entries[-1] is None:
+        entries.pop()
     return PartitionSpec(*entries)
 
 

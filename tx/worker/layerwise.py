@@ -200,9 +200,10 @@ def _join(sites: tuple[Any, ...]) -> Any:
 
 
 def _in_place(sites: Sites, mesh: Any, axes: tuple[tuple[Any, ...], ...]) -> Sites:
-    """Pinned to where adapters live on the mesh, so that donated accumulators keep their place."""
-    if mesh.size == 1:
-        return sites
+    """Pinned to where adapters live on the mesh, so that donated accumulators keep their place.
+
+    On one device too: an accumulator that comes back under another spelling of its place is compiled for once more.
+    """
     pinned = {}
     for key, in_axis, out_axis, num_experts in axes:
         if key in sites:
@@ -251,7 +252,7 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
         loss = _completed(batch, lambda: target_logprobs(*head, chunk=chunk))
         logprobs, losses, grads = loss_and_gradient(*head, batch.order, loss, position_losses, chunk=chunk)
         sums = jax.tree.map(jnp.add, sums, _split(grads.lora, len(sums)))
-        if model.mesh is not None and model.mesh.size > 1 and lora is not None:
+        if model.mesh is not None and lora is not None:
             site = next(site for site in model.lora_sites() if site.layer is None)
             sums = tuple(_pin(one, site, model.mesh) for one in sums)
         (dx,) = pull(grads.hidden)
