@@ -210,15 +210,20 @@ class Trainer:
 
         Usual are one target per position and datums up to the token budget: longer ones have few programs each.
         """
+        shapes = all_shapes(self._limits, longest=self._limits.tokens)
         for rank in ranks:
             model_id = f"warm-up at rank {rank}"
             self._store.create(model_id, LoraConfig(rank, 0))
-            for shape in all_shapes(self._limits, longest=self._limits.tokens):
+            if rank == ranks[0]:
+                for shape in shapes:
+                    yield f"forward of the base model, {shape.rows} x {shape.length}"
+                    self._rehearse(model_id, shape, forward_only=True)
+            yield f"optimizer step at rank {rank}"
+            self.optim_step(model_id, AdamParams(learning_rate=0.0))  # it is an adapter from now on, if of zeros
+            for shape in shapes:
                 yield f"training, {shape.rows} x {shape.length} at rank {rank}"
                 for forward_only in (True, False):
                     self._rehearse(model_id, shape, forward_only)
-            yield f"optimizer step at rank {rank}"
-            self.optim_step(model_id, AdamParams(learning_rate=0.0))
             self._store.drop(model_id)
 
     def _rehearse(self, model_id: str, shape: Shape, forward_only: bool) -> None:
