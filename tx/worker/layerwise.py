@@ -92,9 +92,12 @@ class Layerwise:
         return Outputs(logprobs, losses)
 
     def forward_backward(
-        self, trained: Trained, accumulators: tuple[Adapter, ...], host: HostBatch, *, keep: bool
+        self, trained: Trained, accumulators: tuple[Adapter, ...] | None, host: HostBatch, *, keep: bool
     ) -> Outputs:
-        """The same, and the accumulators, which are consumed, with this micro-batch's gradients added."""
+        """The same, and the accumulators, which are consumed, with this micro-batch's gradients added.
+
+        Without accumulators its gradients alone; that is a program of its own.
+        """
         batch = self._to_device(host)
         x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
         rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
@@ -106,14 +109,14 @@ class Layerwise:
             else:
                 saved.append(x)
                 x = programs.forward(weights, _sites(trained, index), x, *rest)
-        sums_of_head = tuple(adapter.unembed for adapter in accumulators)
-        dx, sums_of_head, logprobs, losses, finite = self._ends.gradient(
+        sums_of_head = None if accumulators is None else tuple(adapter.unembed for adapter in accumulators)
+        dx, of_head, logprobs, losses, finite = self._ends.gradient(
             self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
         )
         layers: list[tuple[Sites, ...]] = []
         for index in reversed(range(len(self._layers))):
             programs, weights = self._layers[index]
-            sums = tuple(adapter.layers[index] for adapter in accumulators)
+            sums = None if accumulators is None else tuple(adapter.layers[index] for adapter in accumulators)
             if keep:
                 dx, sums, finite = programs.backward(saved.pop(), dx, sums, finite)
             else:
@@ -122,7 +125,7 @@ class Layerwise:
             layers.append(sums)
         gradients = tuple(
             Adapter(tuple(sums[which] for sums in reversed(layers)), unembed)
-            for which, unembed in enumerate(sums_of_head)
+            for which, unembed in enumerate(of_head)
         )
         return Outputs(logprobs, losses, gradients, finite)
 
@@ -178,7 +181,7 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
 
     def add(pull: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         gradients, dx = pull(dx)
-        sums = jax.tree.map(jnp.add, sums, gradients)
+        sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
         return dx, tuple(_in_place(site, mesh, axes) for site in sums), finite & _all_finite(sums)
 
     def add_again(inputs: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
@@ -251,7 +254,8 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
         head = (hidden, model.unembed_kernel(), batch.targets, lora, gate)
         loss = _completed(batch, lambda: target_logprobs(*head, chunk=chunk))
         logprobs, losses, grads = loss_and_gradient(*head, batch.order, loss, position_losses, chunk=chunk)
-        sums = jax.tree.map(jnp.add, sums, _split(grads.lora, len(sums)))
+        gradients = _split(grads.lora, len(unembeds))
+        sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
         if model.mesh is not None and lora is not None:
             site = next(site for site in model.lora_sites() if site.layer is None)
             sums = tuple(_pin(one, site, model.mesh) for one in sums)

@@ -273,26 +273,31 @@ class Trainer:
         trained = _trained([state.weights], [ranks])
         if current.forward_only and state.is_base:
             trained = Trained((), None, None)
-        sums: tuple[Adapter, ...] = ()
+        sums: tuple[Adapter, ...] | None = None
         if not current.forward_only:
             sums = (_zeros(state.weights) if current.accumulator is None else current.accumulator,)
             current.accumulator = None  # consumed, whatever happens
         began = time.perf_counter()
-        gradients = self._compute(batch, current.jobs, trained, sums)
+        gradients = self._compute(batch, current.jobs, trained, sums, current.forward_only)
         if gradients:
             current.accumulator = gradients[0]
         cost = flops_per_token(self._model, ranks, forward_only=current.forward_only)
         current.cost.add(batch.num_tokens, batch.shape.num_tokens, time.perf_counter() - began, cost)
 
     def _compute(
-        self, batch: MicroBatch, jobs: dict[int, _Job], trained: Trained, sums: tuple[Adapter, ...]
+        self,
+        batch: MicroBatch,
+        jobs: dict[int, _Job],
+        trained: Trained,
+        sums: tuple[Adapter, ...] | None,
+        forward_only: bool,
     ) -> tuple[Adapter, ...]:
         """Logprobs and losses of a micro-batch into its jobs, once all is known to be finite; its gradients."""
         host = datums.lay_out([[jobs[p.job_id].given(p.index) for p in row] for row in batch.rows], batch.shape)
-        if sums:
-            outputs = self._layerwise.forward_backward(trained, sums, host, keep=self._keeps(batch.shape))
-        else:
+        if forward_only:
             outputs = self._layerwise.forward(trained, host)
+        else:
+            outputs = self._layerwise.forward_backward(trained, sums, host, keep=self._keeps(batch.shape))
         self._read(batch, jobs, outputs)
         return outputs.gradients
 
@@ -435,10 +440,9 @@ class Trainer:
         weights = [_resize(state.weights, widest) for state in states]
         trained = _trained(weights + weights[-1:] * missing, ranks + ranks[-1:] * missing, widest)
         forward_only = next(iter(jobs.values()))[0].request.forward_only
-        sums: tuple[Adapter, ...] = () if forward_only else tuple(_zeros(one) for one in trained.adapters)
         everyone = {job.job_id: job for group in jobs.values() for job in group}
         began = time.perf_counter()
-        gradients = self._compute(batch, everyone, trained, sums)
+        gradients = self._compute(batch, everyone, trained, None, forward_only)
         share = (time.perf_counter() - began) / len(rows)
         passes = {}
         for index, (model_id, group) in enumerate(jobs.items()):
