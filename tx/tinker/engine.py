@@ -269,7 +269,7 @@ class Engine:
                 self._waiting[request_id] = self._running.pop(request_id)
 
     def _starts_again(self, header: JobHeader, job: Job, error: Exception) -> bool:
-        """A job that found its model lost, and so had no effect, waits for the rebuild, unless it has done so before."""
+        """A job that found its model lost had no effect: it waits for the rebuild, unless it has done so before."""
         if not isinstance(error, ModelLost) or header.is_sample or header.request_id in self._started_again:
             return False
         log.warning("%s %s starts again: %s", job.kind, job.request_id, error)

@@ -202,6 +202,8 @@ def _checksum(arrays: dict[str, np.ndarray]) -> int:
 
 def _delete(file: Path) -> None:
     try:
-        file.unlink(missing_ok=True)
+        file.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
         log.warning("%s can't be deleted: %s", file, error)
