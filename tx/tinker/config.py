@@ -68,10 +68,7 @@ class TxConfig(BaseModel):
         32, "trainable adapters held on the device; more are parked on the host", **_POSITIVE
     )
     parked_adapters_memory: Bytes = _flag(
-        0,
-        "host memory for parked adapters; more are parked in files: bytes, or with a unit as in 8GiB (0: a quarter of "
-        "what is free)",
-        **_COUNT,
+        0, "host memory for parked adapters; more are parked in files (0: a quarter of what is free)", **_COUNT
     )
     max_lora_rank: int = _flag(32, "highest LoRA rank a client may ask for", **_POSITIVE)
     tensor_parallel_size: int = _flag(1, "devices that share each matrix", **_POSITIVE)
