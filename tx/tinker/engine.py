@@ -272,7 +272,7 @@ class Engine:
         """A job that found its model lost had no effect: it waits for the rebuild, unless it has done so before."""
         if not isinstance(error, ModelLost) or header.is_sample or header.request_id in self._started_again:
             return False
-        log.warning("%s %s starts again: %s", job.kind, job.request_id, error)
+        log.info("%s %s starts again: %s", job.kind, job.request_id, error)
         self._started_again.add(header.request_id)
         self._waiting[header.request_id] = header, job
         self._replan = True
