@@ -119,7 +119,7 @@ def test_a_model_whose_file_is_lost_is_rebuilt_before_its_jobs_go_on(bench, work
     if first == "save":
         jobs += [client.do("save_weights", path="ck") for client in clients]
     if first.startswith("train"):
-        # Alone they are two micro-batches: when the first finds the model lost, the worker still holds the second.
+        # Alone they are several micro-batches: when the first finds the model lost, the worker still holds the others.
         lengths, seeds = ((3, 4), (3, 4)) if first == "train together" else (LONG, range(10, 22))
         jobs += [client.train(seed, lengths) for seed in seeds for client in clients]
     jobs += [verb for client in clients for verb in (client.step(), client.train(5, LONG), client.step())]
