@@ -146,6 +146,7 @@ def test_memory_is_bytes_or_has_a_unit(text, num_bytes):
     assert parse("--kv-cache-memory", text).kv_cache_memory == num_bytes
     assert parse(TX_KV_CACHE_MEMORY=text).kv_cache_memory == num_bytes
     assert parse().kv_cache_memory == 0
+    assert parse("--parked-adapters-memory", text).parked_adapters_memory == num_bytes
 
 
 def test_names_of_the_base_model(tmp_path, monkeypatch):
@@ -164,7 +165,15 @@ def test_data_lives_under_one_folder(tmp_path):
     assert config.resolved_database_url == f"sqlite:///{tmp_path}/tx.db"
     assert config.checkpoints_folder == tmp_path / "checkpoints"
     assert config.compile_cache_folder == tmp_path / "xla-cache"
+    assert config.parking_folder.parent == tmp_path / "parked"
     assert str(parse().data_folder).startswith(str(Path.home()))
+
+
+def test_engines_that_share_a_data_folder_park_apart(tmp_path):
+    names = ("org/a", "other/a", "/models/a", "/models/b")
+    folders = {parse("--data-dir", str(tmp_path), "--base-model", name).parking_folder for name in names}
+    assert len(folders) == 4
+    assert {folder.parent for folder in folders} == {tmp_path / "parked"}
 
 
 def test_without_model_and_without_demo_one_sentence(monkeypatch):

@@ -380,7 +380,7 @@ class Turns:
     """Stands for a worker that always has training, and sampling as long as ``sampling``; it moves the clock itself."""
 
     def __init__(self, train_s: float, sample_s: float) -> None:
-        self.training, self.sampling = True, False
+        self.training, self.sampling, self.resident_models = True, False, ()
         self.durations = {"train": train_s, "sample": sample_s}
         self.now_s, self.turns = 0.0, []
 

@@ -8,7 +8,8 @@ from tests.tinker.conftest import Client
 from tx.tinker.config import TxConfig
 from tx.tinker.db import RecordedSequence, now, open_database, reading, writing
 from tx.tinker.db import Session as SessionRow
-from tx.tinker.service import EXPIRED_AFTER_S, KEEP_RECORDINGS_S, Service, fingerprint
+from tx.tinker.service import KEEP_RECORDINGS_S, Service, fingerprint
+from tx.tinker.sessions import EXPIRED_AFTER_S
 
 
 def test_names_are_known_before_the_engine_registers(service):

@@ -118,6 +118,34 @@ def test_a_checkpoint_is_found_until_it_expires(db, sessions):
         sessions.checkpoint(path)
 
 
+def test_models_are_idle_when_their_session_is_over_or_silent(db, sessions):
+    alive, silent, finished = (sessions.create(row()) for _ in range(3))
+    sessions.heartbeat(alive)
+    sessions.heartbeat(finished)
+    with writing(db) as session:
+        for session_id in (alive, silent, finished):
+            for number in range(2):
+                session.add(
+                    Model(
+                        model_id=f"{session_id}:train:{number}",
+                        session_id=session_id,
+                        model_seq_id=number,
+                        base_model="m",
+                        served_name="m",
+                        rank=1,
+                        seed=0,
+                        created_at=0.0,
+                        last_request_at=0.0,
+                    )
+                )
+        session.get(Session, silent).heartbeat_at = 50.0
+    sessions.finish(finished, "success", None)
+    asked = [f"{session_id}:train:0" for session_id in (alive, silent, finished)]
+    assert set(sessions.idle_models(asked, before=60.0)) == set(asked[1:])
+    assert sessions.idle_models(asked, before=50.0) == [asked[2]]
+    assert sessions.idle_models([], before=60.0) == []
+
+
 def test_listing(sessions):
     made = [sessions.create(row()) for _ in range(3)]
     assert sorted(sessions.recent(10, 0)) == sorted(made)

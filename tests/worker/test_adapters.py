@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tx.errors import InvalidInput, NotFound
+from tx.errors import InvalidInput, ModelLost, NotFound
 from tx.models.loading import LoadedModel, load_model
 from tx.types import LoraConfig, ModelState
 from tx.worker.adapters import AdapterStore
 from tx.worker.mesh import make_mesh
+from tx.worker.parking import Parking
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,10 @@ def test_padding_is_zero_and_never_exported(dense: LoadedModel):
     assert store.export("m").weights["layers.1.down_proj.lora_A"].shape == (128, 5)
 
 
-def test_parked_states_come_back_whole(dense: LoadedModel):
+@pytest.mark.parametrize("tier", ["memory", "files"])
+def test_parked_states_come_back_whole(dense: LoadedModel, tmp_path: Path, tier: str):
     """Room for two; six models, each with weights, moments, gradients and a step of its own."""
-    store = AdapterStore(dense, 2)
+    store = AdapterStore(dense, 2, Parking(2**30 if tier == "memory" else 0, tmp_path))
     wanted = {}
     for index in range(6):
         model_id = f"m{index}"
@@ -115,12 +117,13 @@ def test_parked_states_come_back_whole(dense: LoadedModel):
         store.replace(model_id, replace(state, grads=grads, step=index))
         wanted[model_id] = jax.device_get(store.state(model_id))
         wanted[model_id, "export"] = store.export(model_id)
-        assert len(store._resident) <= 2
+        assert len(store.resident) <= 2
     for index in (3, 0, 5, 3, 1):
         model_id = f"m{index}"
         assert equal(store.export(model_id), wanted[model_id, "export"])  # whether parked or not
         state = store.state(model_id)
-        assert len(store._resident) == 2
+        assert len(store.resident) == 2
+        assert len(list(tmp_path.iterdir())) == (0 if tier == "memory" else 4)
         assert state.step == index
         for part in ("weights", "mu", "nu", "grads"):
             pairs = zip(
@@ -131,6 +134,50 @@ def test_parked_states_come_back_whole(dense: LoadedModel):
     assert "m0" not in store
     with pytest.raises(NotFound, match="m0"):
         store.state("m0")
+
+
+def test_park_moves_a_model_off_the_device_and_it_stays_what_it_was(dense: LoadedModel):
+    store = AdapterStore(dense, 4)
+    for model_id in ("a", "b"):
+        store.create(model_id, LoraConfig(2, 0))
+    before = store.export("a")
+    assert store.state("a").is_base
+    for _ in range(2):  # one that is parked already is fine
+        store.park("a")
+        assert store.resident == ("b",)
+    store.park("nobody")
+    assert "a" in store
+    assert "nobody" not in store
+    assert equal(store.export("a"), before)
+    assert store.resident == ("b",), "an export leaves it where it is"
+    assert store.state("a").is_base
+    assert store.resident == ("b", "a")
+    store.replace("a", replace(store.state("a"), is_base=False))
+    store.park("a")
+    assert not store.state("a").is_base
+
+
+def test_a_parked_model_whose_file_is_gone_is_lost_until_it_is_made_anew(dense: LoadedModel, tmp_path: Path):
+    store = AdapterStore(dense, 4, Parking(0, tmp_path))
+    for model_id in ("a", "b", "other"):
+        store.create(model_id, LoraConfig(2, 0))
+    saved = scrambled(store.export("a"))
+    for model_id in ("a", "b"):
+        store.park(model_id)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ModelLost, match="a can't be read back"):
+        store.state("a")
+    with pytest.raises(ModelLost, match="b can't be read back"):
+        store.export("b")
+    for model_id in ("a", "b"):
+        assert model_id not in store
+        with pytest.raises(ModelLost, match=model_id):
+            store.state(model_id)
+    store.restore("a", saved, with_optimizer=True)
+    store.create("b", LoraConfig(2, 0))
+    assert equal(store.export("a"), saved)
+    assert equal(store.export("b"), store.export("other"))
 
 
 def test_restore_takes_everything_or_only_weights(dense: LoadedModel):

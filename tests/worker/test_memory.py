@@ -51,3 +51,14 @@ def test_a_container_limits_it(tmp_path, monkeypatch):
     assert memory.free_bytes(CPU) == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes(CPU) > 2**20
+
+
+def test_parked_adapters_get_what_is_asked_for_or_a_share_of_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert memory.parked_bytes(0) == 150_000
+    assert memory.parked_bytes(1) == 1
+    assert memory.parked_bytes(600_000) == 600_000
+    with pytest.raises(StartupError, match="--parked-adapters-memory 600001: the machine has 600000 bytes left"):
+        memory.parked_bytes(600_001)

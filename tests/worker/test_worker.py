@@ -80,6 +80,61 @@ def test_more_models_than_device_places_are_parked_whole(worker: Worker) -> None
         assert losses[index] == losses[0]
 
 
+def run_interleaved(worker: Worker, num_tenants: int) -> dict[str, list[float]]:
+    """Each tenant's forward_backwards and steps in its own order, the tenants' in a random one; losses by tenant."""
+    steps = ("train", "train", "step", "train", "park", "step")
+    for index in range(num_tenants):
+        worker.create_model(f"t{index}", LoraConfig(rank=3 + index % 2, seed=index))
+    turns = np.random.default_rng(0).permutation(np.repeat(np.arange(num_tenants), len(steps)))
+    done = [0] * num_tenants
+    losses: dict[str, list[float]] = {f"t{index}": [] for index in range(num_tenants)}
+    for job_id, index in enumerate(turns.tolist()):
+        model_id, what = f"t{index}", steps[done[index]]
+        if what == "train":
+            worker.submit_forward_backward(job_id, cross_entropy(model_id, 10 * index + done[index], (7,)))
+            losses[model_id].append(drain(worker)[job_id].result.metrics["loss:sum"])
+        elif what == "park":
+            worker.park_model(model_id)
+        else:
+            worker.optim_step(model_id, ADAM)
+        done[index] += 1
+    return losses
+
+
+def test_64_tenants_on_4_places_train_as_if_each_had_its_own(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """Host memory for about eight of them: most wait in files, gradients between their steps with them."""
+    num_tenants = 64
+    roomy = Worker(tiny_qwen3, "tiny", max_lora_adapters=num_tenants, max_lora_rank=8)
+    tight = Worker(
+        tiny_qwen3, "tiny", max_lora_adapters=4, max_lora_rank=8, parked_adapters_memory=500_000,
+        parking_folder=tmp_path,
+    )  # fmt: skip
+    losses = run_interleaved(tight, num_tenants)
+    num_files, num_resident = len(list(tmp_path.iterdir())), len(tight.resident_models)
+    assert num_resident <= 4
+    assert num_files >= 32
+    assert num_files + num_resident < num_tenants, "none waits in host memory"
+    assert losses == run_interleaved(roomy, num_tenants)
+    for index in range(num_tenants):
+        got, wanted = tight.export_model(f"t{index}"), roomy.export_model(f"t{index}")
+        assert got.step == wanted.step == 2
+        for part in ("weights", "mu", "nu"):
+            for name, array in getattr(wanted, part).items():
+                assert getattr(got, part)[name].tobytes() == array.tobytes(), (index, part, name)
+
+
+def test_a_model_that_is_parked_on_demand_is_still_here(worker: Worker) -> None:
+    worker.create_model("idle", LoraConfig(rank=2, seed=5))
+    losses = [train(worker, "idle", 1)]
+    assert "idle" in worker.resident_models
+    worker.park_model("idle")
+    assert "idle" not in worker.resident_models
+    assert worker.has_model("idle")
+    losses.append(train(worker, "idle", 1))
+    worker.create_model("busy", LoraConfig(rank=2, seed=5))
+    assert losses == [train(worker, "busy", 1) for _ in range(2)]
+
+
 def test_export_and_restore_continue_exactly(worker: Worker) -> None:
     worker.create_model("saved", LoraConfig(rank=3, seed=9))
     train(worker, "saved", 1)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -66,6 +67,9 @@ class TxConfig(BaseModel):
     max_lora_adapters: int = _flag(
         32, "trainable adapters held on the device; more are parked on the host", **_POSITIVE
     )
+    parked_adapters_memory: Bytes = _flag(
+        0, "host memory for parked adapters; more are parked in files (0: a quarter of what is free)", **_COUNT
+    )
     max_lora_rank: int = _flag(32, "highest LoRA rank a client may ask for", **_POSITIVE)
     tensor_parallel_size: int = _flag(1, "devices that share each matrix", **_POSITIVE)
     fully_sharded_data_parallel_size: int = _flag(1, "devices that share the weights and split the batch", **_POSITIVE)
@@ -118,6 +122,12 @@ class TxConfig(BaseModel):
         if self.checkpoints_base is None:
             return self.data_folder / "checkpoints"
         return self.checkpoints_base.expanduser().resolve()
+
+    @property
+    def parking_folder(self) -> Path:
+        """Absolute folder for parked adapters, of this base model's engine alone: engines may share a data folder."""
+        name = self.base_model_name
+        return self.data_folder / "parked" / f"{Path(name).name}-{zlib.crc32(name.encode()):08x}"
 
     @property
     def compile_cache_folder(self) -> Path:

@@ -11,7 +11,8 @@ The life of a job:
 6. The loop gives the worker one training micro-batch, then decode slices for as long as that took, in turn.
 7. What a slice finished is encoded and committed at once; the commit wakes the API, which hands the bytes out.
    Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
-8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server".
+8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server". Only a job whose model
+   turns out to be lost starts again, once, behind the model's rebuild.
 
 A sample that is cancelled meanwhile is dropped wherever it stands, and its slots go to the next. After a crash the jobs
 that were running are claimed again, and models come back on their first job. It serves no HTTP.
@@ -31,7 +32,7 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
-from tx.errors import InvalidInput, StartupError, TxError
+from tx.errors import InvalidInput, ModelLost, StartupError, TxError
 from tx.tinker import recordings, startup
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
@@ -40,6 +41,7 @@ from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.rebuild import Rebuilds
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
+from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import Work, Writing, made_sampler
 from tx.types import Finished
@@ -92,11 +94,13 @@ class Engine:
         self._sample_room = sample_room
         self._clock = clock
         self._jobs = JobTable(db, signal)
+        self._sessions = Sessions(db)
         self._work = Work(db, worker, folders, base_model)
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
         self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild that they wait for
+        self._started_again: set[int] = set()  # jobs whose model was lost under them
         self._last_barrier: dict[str, int] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
         self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
@@ -215,8 +219,9 @@ class Engine:
             outcome = self._work.start(job)
         except Exception as error:
             self._waiting.pop(header.request_id, None)
-            self._fail(job, error)
-            self._passed(header)
+            if not self._starts_again(header, job, error):
+                self._fail(job, error)
+                self._passed(header)
             return
         if outcome is None:
             self._running[header.request_id] = header, job
@@ -232,6 +237,7 @@ class Engine:
     def _passed(self, header: JobHeader) -> None:
         """The job's effect on its model is over, so what waits behind it may start."""
         self._replan = True
+        self._started_again.discard(header.request_id)
         if header.is_barrier and header.model_id is not None and header.seq_id is not None:
             last = self._last_barrier.get(header.model_id, -1)
             self._last_barrier[header.model_id] = max(last, header.seq_id)
@@ -251,8 +257,26 @@ class Engine:
         if model_id not in self._rebuilds:
             if job.kind in SELF_SUFFICIENT or self._worker.has_model(model_id):
                 return None
+            self._take_back(model_id)
             self._rebuilds.begin_model(model_id)
         return model_id
+
+    def _take_back(self, model_id: str) -> None:
+        """What the worker still has of a lost model must not run on the half that is rebuilt: it waits again."""
+        self._worker.drop_model(model_id)
+        for request_id, (header, _) in list(self._running.items()):
+            if header.model_id == model_id and not header.is_sample:
+                self._waiting[request_id] = self._running.pop(request_id)
+
+    def _starts_again(self, header: JobHeader, job: Job, error: Exception) -> bool:
+        """A job that found its model lost had no effect: it waits for the rebuild, unless it has done so before."""
+        if not isinstance(error, ModelLost) or header.is_sample or header.request_id in self._started_again:
+            return False
+        log.info("%s %s starts again: %s", job.kind, job.request_id, error)
+        self._started_again.add(header.request_id)
+        self._waiting[header.request_id] = header, job
+        self._replan = True
+        return True
 
     def _advance_rebuilds(self) -> None:
         for key, error in self._rebuilds.advance().items():
@@ -316,6 +340,8 @@ class Engine:
                 assert done.result is not None  # one of the two is set
                 outcomes.append(self._work.finish(job, done.result))
             except Exception as error:
+                if self._starts_again(header, job, error):
+                    continue
                 self._fail(job, error)
             self._passed(header)
         if outcomes:
@@ -350,7 +376,7 @@ class Engine:
     # ---- now and then -----------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Say which samples run; delete what has expired: checkpoints, recordings, needless payloads and results."""
+        """Say which samples run; park idle models; delete what has expired: checkpoints, recordings, old results."""
         if self._unmarked and now() >= self._next_mark:
             self._next_mark = now() + MARK_STARTED_EVERY_S
             # Most are over before their turn here: those cost no write.
@@ -359,6 +385,7 @@ class Engine:
         if now() < self._next_housekeeping:
             return
         self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
+        self._park_idle()
         with reading(self._db) as session:
             query = select(Checkpoint).where(col(Checkpoint.expires_at) < now())
             expired = session.exec(query).all()
@@ -369,6 +396,15 @@ class Engine:
             log.info("checkpoint %s/%s of %s has expired", row.kind, row.name, row.model_id)
         recordings.prune(self._db, now() - recordings.KEPT_S)
         self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
+
+    def _park_idle(self) -> None:
+        """Models of sessions that have finished or expired leave the device, whole; their next job brings them back."""
+        busy = {header.model_id for header, _ in (*self._waiting.values(), *self._running.values())}
+        resident = [model_id for model_id in self._worker.resident_models if model_id not in busy]
+        for model_id in self._sessions.idle_models(resident, now() - EXPIRED_AFTER_S):
+            if model_id not in self._rebuilds:
+                log.info("%s is parked: its session is over", model_id)
+                self._worker.park_model(model_id)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from tx.tinker.futures import Appender, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
-from tx.tinker.sessions import Sessions
+from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.wire import responses
 from tx.tinker.wire.requests import parse
 
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 ALIVE_S = 15.0
 """An engine writes its heartbeat every second; one that was silent for longer is not counted on."""
-
-EXPIRED_AFTER_S = 120.0
-"""A client sends a heartbeat every 10 s and warns its user when none has got through for so long (protocol §2.1)."""
 
 _COUNT_EVERY_S = 1.0
 

@@ -6,14 +6,19 @@ A retried creation returns what the first one made: sessions by their idempotenc
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import col, select
+from sqlmodel import col, or_, select
 
 from tx.errors import InvalidInput, NotFound
 from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, reading, writing
 from tx.tinker.wire import paths
+
+EXPIRED_AFTER_S = 120.0
+"""A client sends a heartbeat every 10 s and warns its user when none has got through for so long (protocol §2.1).
+A session without one for so long has expired; it still takes requests."""
 
 
 class Sessions:
@@ -81,6 +86,13 @@ class Sessions:
         model = self.model(model_id)
         self._require_open(model.session_id)
         return model
+
+    def idle_models(self, model_ids: Collection[str], before: float) -> list[str]:
+        """Those of these models whose session has finished, or has had no heartbeat since then."""
+        over = or_(col(Session.finished_at).is_not(None), col(Session.heartbeat_at) < before)
+        query = select(Model.model_id).join(Session, col(Session.session_id) == col(Model.session_id))
+        with reading(self._db) as db:
+            return list(db.exec(query.where(col(Model.model_id).in_(model_ids), over)).all())
 
     def sampler(self, sampler_id: str) -> Sampler:
         """A sampler, whatever became of its session."""

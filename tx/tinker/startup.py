@@ -116,6 +116,8 @@ def _load(config: TxConfig, registration: Registration) -> Worker:
             train_micro_batch_tokens=config.train_micro_batch_tokens,
             sample_max_num_sequences=config.sample_max_num_sequences,
             kv_cache_memory=config.kv_cache_memory,
+            parked_adapters_memory=config.parked_adapters_memory,
+            parking_folder=config.parking_folder,
             gradient_checkpointing=config.gradient_checkpointing,
             shard_attention_heads=config.shard_attention_heads,
             enforce_eager=config.enforce_eager,

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -22,14 +22,16 @@ from tx.layers.lora import Adapter, LoraSite, LoraWeights, adapter_sharding, exp
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
+from tx.worker.parking import Parking
 from tx.worker.shapes import power_of_two
 
 log = logging.getLogger(__name__)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainingState:
-    """One model's trainable state.
+    """One model's trainable state, on the device or, with arrays of numpy, parked.
 
     Attributes:
         weights, mu, nu: float32, of the padded rank.
@@ -42,8 +44,8 @@ class TrainingState:
     mu: Adapter
     nu: Adapter
     grads: Adapter | None = None
-    step: int = 0
-    is_base: bool = False
+    step: int = field(default=0, metadata={"static": True})
+    is_base: bool = field(default=False, metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -93,23 +95,30 @@ def initial_weights(site: LoraSite, rank: int, seed: int) -> tuple[np.ndarray, n
 class AdapterStore:
     """Every model's training state, at most ``max_resident`` of them on the device.
 
-    The others are parked whole in host memory, the least recently used first, and come back when they are asked for.
+    The least recently used of the others are parked whole, and come back when they are asked for. A parked state that
+    can't be read back is lost: the model is no longer in the store, and whoever asks for it gets ModelLost until it is
+    created or restored anew.
     """
 
-    def __init__(self, model: LoadedModel, max_resident: int) -> None:
+    def __init__(self, model: LoadedModel, max_resident: int, parking: Parking[TrainingState] | None = None) -> None:
         self.max_resident = max(1, max_resident)
         self._model = model
         self._sites = lora_sites(model.config)
         self._lora: dict[str, LoraConfig] = {}
         self._resident: OrderedDict[str, TrainingState] = OrderedDict()
-        self._parked: dict[str, TrainingState] = {}
+        self._parking: Parking[TrainingState] = Parking() if parking is None else parking
 
     def __contains__(self, model_id: object) -> bool:
-        return model_id in self._lora
+        return model_id in self._resident or model_id in self._parking
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The models on the device, the least recently used first."""
+        return tuple(self._resident)
 
     def create(self, model_id: str, lora: LoraConfig) -> None:
         """A fresh model: initial weights, zero moments, no gradients, step 0."""
-        if model_id in self._lora:
+        if model_id in self:
             raise InvalidInput("model_id", model_id, "an id that is not in use")
         fresh = {}
         for site in trained_sites(self._sites, lora):
@@ -121,7 +130,14 @@ class AdapterStore:
         """Forget a model; unknown ids are fine."""
         self._lora.pop(model_id, None)
         self._resident.pop(model_id, None)
-        self._parked.pop(model_id, None)
+        self._parking.drop(model_id)
+
+    def park(self, model_id: str) -> None:
+        """Move a model off the device; one that isn't there is fine."""
+        if model_id in self._resident:
+            self._parking.put(model_id, jax.device_get(self._resident[model_id]))
+            del self._resident[model_id]
+            log.debug("parked %s", model_id)
 
     def lora(self, model_id: str) -> LoraConfig:
         """The model's config; NotFound if there is no such model."""
@@ -134,13 +150,13 @@ class AdapterStore:
         return ranks(self.lora(model_id), self._model.config.num_experts_per_tok)
 
     def state(self, model_id: str) -> TrainingState:
-        """The model's state on the device, restored if it was parked."""
+        """The model's state on the device, restored if it was parked; NotFound, or ModelLost if it can't be."""
         lora = self.lora(model_id)
-        if model_id in self._parked:
-            parked = self._parked[model_id]
+        if model_id not in self._resident:
+            parked = self._parking.peek(model_id)
             self._make_room()
             self._resident[model_id] = self._to_device(parked, lora)
-            del self._parked[model_id]
+            self._parking.drop(model_id)  # only now: the device may have had no room
             log.debug("restored %s to the device", model_id)
         self._resident.move_to_end(model_id)
         return self._resident[model_id]
@@ -148,16 +164,19 @@ class AdapterStore:
     def replace(self, model_id: str, state: TrainingState) -> None:
         """Put the model's next state in the place of its present one."""
         self.lora(model_id)
-        self._parked.pop(model_id, None)
+        self._parking.drop(model_id)
         if model_id not in self._resident:
             self._make_room()
         self._resident[model_id] = state
         self._resident.move_to_end(model_id)
 
     def export(self, model_id: str) -> ModelState:
-        """A host copy at the true rank: weights, moments, step. Accumulated gradients are no part of it."""
+        """A host copy at the true rank: weights, moments, step. Accumulated gradients are no part of it.
+
+        A parked model stays parked. Raises NotFound, or ModelLost if it can't be read back.
+        """
         lora = self.lora(model_id)
-        state = self._parked[model_id] if model_id in self._parked else self._resident[model_id]
+        state = self._resident[model_id] if model_id in self._resident else self._parking.peek(model_id)
         weights, mu, nu = (self._named(jax.device_get(tree), lora) for tree in (state.weights, state.mu, state.nu))
         return ModelState(lora, weights, mu, nu, state.step)
 
@@ -267,19 +286,10 @@ class AdapterStore:
         places = self._tree(
             lora, lambda site: adapter_sharding(site, self._model.mesh, padded[site.num_experts is not None])
         )
-        put = lambda tree: jax.tree.map(jax.device_put, tree, places)
-        return replace(
-            state,
-            weights=put(state.weights),
-            mu=put(state.mu),
-            nu=put(state.nu),
-            grads=None if state.grads is None else put(state.grads),
-        )
+        grads = None if state.grads is None else places
+        return jax.device_put(state, replace(state, weights=places, mu=places, nu=places, grads=grads))
 
     def _make_room(self) -> None:
         """Park the least recently used models until one more fits."""
         while len(self._resident) >= self.max_resident:
-            model_id, state = self._resident.popitem(last=False)
-            weights, mu, nu, grads = jax.device_get((state.weights, state.mu, state.nu, state.grads))
-            self._parked[model_id] = replace(state, weights=weights, mu=mu, nu=nu, grads=grads)
-            log.debug("parked %s in host memory", model_id)
+            self.park(next(iter(self._resident)))

@@ -1,4 +1,4 @@
-"""How much memory the sampler may use for keys and values, and training for activations."""
+"""How much memory keys and values of the sampler, activations of training, and parked adapters may take."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ TRAINING_SHARE = 0.3
 """Of an accelerator's memory after the weights, for activations; adapters and what programs use meanwhile is left."""
 
 CPU_TRAINING_SHARE = 0.25
+
+PARKED_SHARE = 0.25
+"""Of what the machine has left, for adapters that are not on the device; those beyond it go to files."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -43,6 +46,18 @@ def kv_bytes(device: Any, asked: int) -> int:
     if left is None:  # a device that doesn't tell
         return 2**30
     return int(left * (CPU_SHARE if device.platform == "cpu" else SHARE))
+
+
+def parked_bytes(asked: int) -> int:
+    """Bytes of host memory for parked adapters: what was asked for, or a share of what is left now.
+
+    Raises:
+        StartupError: there is less left than was asked for.
+    """
+    left = _free_host_bytes()
+    if asked > left:
+        raise StartupError(f"--parked-adapters-memory {asked}: the machine has {left} bytes left")
+    return asked or int(left * PARKED_SHARE)
 
 
 def activation_bytes(device: Any) -> int | None:
@@ -72,11 +87,15 @@ def micro_batch_tokens(most: int, least: int, bytes_per_token: int, room: int | 
 def free_bytes(device: Any) -> int | None:
     """Bytes that this process could still allocate on a device, None if the device doesn't say."""
     if device.platform == "cpu":
-        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable(), _left_in_cgroup())
+        return _free_host_bytes()
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _free_host_bytes() -> int:
+    return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable(), _left_in_cgroup())
 
 
 def _reclaimable() -> int:

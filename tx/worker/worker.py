@@ -23,9 +23,10 @@ from tx.layers import attention, kv_cache
 from tx.layers.kv_cache import BLOCK
 from tx.models.loading import LoadedModel, load_model
 from tx.worker import memory
-from tx.worker.adapters import AdapterStore
+from tx.worker.adapters import AdapterStore, TrainingState
 from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
+from tx.worker.parking import Parking
 from tx.worker.snapshots import SnapshotStore
 from tx.worker.trainer import Trainer
 
@@ -63,6 +64,8 @@ class Worker:
         train_micro_batch_tokens: padded tokens of one training micro-batch, 0 chooses.
         sample_max_num_sequences: decode slots, 0 chooses.
         kv_cache_memory: bytes per device for keys and values, 0 for a share of what the weights leave.
+        parked_adapters_memory: bytes of host memory for models that are not on the device, 0 for a share of it.
+        parking_folder: where those beyond it go, of this worker alone and emptied now; None keeps them in memory.
         progress: called with (bytes read, bytes in all) while weights load.
 
     Raises:
@@ -85,6 +88,8 @@ class Worker:
         train_micro_batch_tokens: int = 0,
         sample_max_num_sequences: int = 0,
         kv_cache_memory: int = 0,
+        parked_adapters_memory: int = 0,
+        parking_folder: Path | None = None,
         gradient_checkpointing: bool = False,
         shard_attention_heads: bool = True,
         enforce_eager: bool = False,
@@ -111,7 +116,8 @@ class Worker:
             num_params=self._model.num_params,
             weight_bytes=self._model.weight_bytes,
         )
-        self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters)
+        parking: Parking[TrainingState] = Parking(memory.parked_bytes(parked_adapters_memory), parking_folder)
+        self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters, parking=parking)
         self._snapshots = SnapshotStore(self._model, max_resident=max_lora_adapters)
         room = memory.activation_bytes(mesh.devices.flat[0])
         self._trainer = Trainer(
@@ -181,8 +187,17 @@ class Worker:
         self._adapters.drop(model_id)
 
     def has_model(self, model_id: str) -> bool:
-        """Whether the model lives here, on the device or parked."""
+        """Whether the model lives here, on the device or parked; no longer once a call has raised ModelLost for it."""
         return model_id in self._adapters
+
+    @property
+    def resident_models(self) -> tuple[str, ...]:
+        """The models on the device, the least recently used first."""
+        return self._adapters.resident
+
+    def park_model(self, model_id: str) -> None:
+        """Move a model off the device until it is asked for again; one that isn't there is fine."""
+        self._adapters.park(model_id)
 
     def export_model(self, model_id: str) -> types.ModelState:
         """A host copy of weights, moments and step count."""
