@@ -41,7 +41,7 @@ def test_every_datum_runs_once_in_a_shape_that_holds_it(pieces: list[Piece], lim
     assert sorted(piece for batch in batches for piece in batch.pieces) == sorted(pieces)
     for batch in batches:
         assert 1 <= len(batch.rows) <= batch.shape.rows
-        assert all(1 <= len(row) for row in batch.rows)
+        assert all(len(row) >= 1 for row in batch.rows)
         assert all(sum(piece.length for piece in row) <= batch.shape.length for row in batch.rows)
         assert all(piece.num_targets <= batch.shape.num_targets for piece in batch.pieces)
         assert batch.num_tokens == sum(piece.length for piece in batch.pieces) <= batch.shape.num_tokens
@@ -51,7 +51,7 @@ def test_every_datum_runs_once_in_a_shape_that_holds_it(pieces: list[Piece], lim
 
 @given(PIECES, LIMITS)
 def test_a_micro_batch_keeps_its_limits(pieces: list[Piece], limits: Limits):
-    """One row for each of ``row_multiple`` devices runs whatever the budget says: those of one datum too long for it."""
+    """One row per device runs whatever the budget says: those of a datum that is too long for it."""
     for batch in plan(pieces, limits):
         shape, multiple = batch.shape, limits.row_multiple
         assert shape.rows % multiple == 0
