@@ -75,7 +75,7 @@ def case(names: list[str], seed: int = 0) -> tuple[np.ndarray, LossBatch]:
     return lp.astype(np.float32), batch
 
 
-# ---- what the losses are defined to be, and their derivatives -----------------------------------------------------------
+# ---- what the losses are defined to be, and their derivatives -------------------------------------------------------
 
 
 def _min_of_clipped(ratio: np.ndarray, b: LossBatch) -> tuple[np.ndarray, np.ndarray]:
