@@ -1,4 +1,4 @@
-"""Attention kernels against a plain float64 softmax: blocks of queries, decode, pieces of a prompt, gradients."""
+"""Attention kernels against a plain float64 softmax: prompts, packed rows, decode, pieces of a prompt."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tx.layers import attention, kv_cache
+from tx.layers.attention import AttentionShape, Packed
 from tx.layers.kv_cache import BLOCK, Decoding, LayerBlocks
+from tx.layers.rotary import RopeConfig, rotary_tables
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 2, 8
 
@@ -29,24 +32,36 @@ def _reference(q, k, v, last):
     return np.einsum("rhqs,rshd->rqhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("block", [512, 8])
-def test_causal(monkeypatch, block):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)  # 21 positions as one block, or as 8 + 8 + 5
-    q, k, v = _draw(21, HEADS, 0), _draw(21, KV_HEADS, 1), _draw(21, KV_HEADS, 2)
-    expected = _reference(q, k, v, np.broadcast_to(np.arange(21), (ROWS, 21)))
-    assert np.max(np.abs(attention.causal_attention(q, k, v) - expected)) <= 1e-5
+def test_causal():
+    """In one block of queries or several, in loops or not: ``tx.layers.blockwise`` has its own tests."""
+    for seq in (21, 140, 530):
+        q, k, v = _draw(seq, HEADS, 0), _draw(seq, KV_HEADS, 1), _draw(seq, KV_HEADS, 2)
+        expected = _reference(q, k, v, np.broadcast_to(np.arange(seq), (ROWS, seq)))
+        assert np.max(np.abs(attention.causal_attention(q, k, v) - expected)) <= 1e-5
 
 
-def test_blocks_have_the_same_gradient(monkeypatch):
-    q, k, v = _draw(21, HEADS, 0), _draw(21, KV_HEADS, 1), _draw(21, KV_HEADS, 2)
+@pytest.mark.parametrize("kv_axis", ["kv_heads", None])
+def test_a_packed_row_equals_its_datums_alone(kv_axis):
+    """Through projections, head norms and rotation: the module with ``Packed`` against a row per datum."""
+    shape = AttentionShape(16, HEADS, KV_HEADS, HEAD_DIM, True, 1e-6, "heads", kv_axis)
+    layer = attention.Attention(shape, None)
+    rng = np.random.default_rng(0)
+    for _, weight in nnx.iter_graph(layer):
+        if isinstance(weight, nnx.Param):
+            weight.set_value(jnp.asarray(rng.normal(0, 0.3, weight.get_value().shape), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(1, 12, 16)), jnp.float32)
+    positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 0, 0]])
+    starts = np.array([[0, 0, 0, 0, 0, 5, 5, 5, 8, 9, 10, 11]])
+    rope = RopeConfig(10_000.0)
 
-    def gradient():
-        return jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attention.causal_attention(q, k, v))), (0, 1, 2))(q, k, v)
+    @jax.jit
+    def run(x, positions, place):
+        return layer(x, *rotary_tables(positions, rope, HEAD_DIM), positions, {}, None, None, place)[0]
 
-    whole = gradient()
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    for one, other in zip(whole, gradient(), strict=True):
-        assert np.max(np.abs(one - other)) <= 1e-5
+    packed = run(x, jnp.asarray(positions), Packed(jnp.asarray(starts)))
+    for begin, end in ((0, 5), (5, 8)):
+        alone = run(x[:, begin:end], jnp.asarray(positions[:, begin:end]), None)
+        assert np.max(np.abs(packed[:, begin:end] - alone)) <= 1e-6
 
 
 LENGTHS = (70, 3, 130)
@@ -128,5 +143,6 @@ def test_decode_rounds_like_prefill_in_bfloat16():
     got = np.asarray(attention.decode_attention(q, blocks, place, positions), np.float32)
     for row, length in enumerate(LENGTHS):
         k, v = (jnp.asarray(x[row][None], jnp.bfloat16) for x in (keys, values))
-        many = np.asarray(attention._attend(q[row : row + 1], k, v, jnp.ones((1, 1, length), bool)), np.float32)
+        queries = jnp.zeros((1, length, HEADS, HEAD_DIM), jnp.bfloat16).at[:, -1].set(q[row])
+        many = np.asarray(attention.causal_attention(queries, k, v)[:, -1:], np.float32)
         assert np.max(np.abs(got[row] - many[0])) <= 2**-7 * np.max(np.abs(many))

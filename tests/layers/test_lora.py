@@ -1,4 +1,4 @@
-"""The one LoRA form: equal to merged weights, adapters side by side independent, padding free, foreign rows silent."""
+"""LoRA: equal to merged weights, adapters side by side independent, padding free, and gradients by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.jaxprs import shapes
 from tx.layers import lora
 from tx.layers.lora import Adapter, LoraWeights
 from tx.models.lora_sites import lora_sites
@@ -83,6 +84,78 @@ def test_padded_rank_changes_nothing_and_gets_no_gradient():
     assert np.any(gradient.a[:, :3])
     assert not np.any(gradient.a[:, 3:])
     assert not np.any(gradient.b[3:])
+
+
+# ---- gradients by hand ----------------------------------------------------------------------------------------------
+
+
+def _plain(x, pair, gate):
+    """The formula, for whatever differentiates it; a leading row axis of the pair meets its own row."""
+    rows = x.shape[0]
+    wide = lambda w: jnp.broadcast_to(w, (rows, *w.shape[-2:]))
+    low = jnp.einsum("rsi,rik->rsk", x, wide(pair.a)) * jnp.broadcast_to(gate, (rows, gate.shape[1]))[:, None]
+    return jnp.einsum("rsk,rko->rso", low, wide(pair.b))
+
+
+def _gradients(form, x, pair, gate):
+    dy = jnp.asarray(np.random.default_rng(4).normal(size=(*x.shape[:2], OUT)), jnp.float32)
+    return jax.jit(jax.grad(lambda x, pair: jnp.sum(form(x, pair, gate).astype(jnp.float32) * dy), (0, 1)))(x, pair)
+
+
+GATES = {
+    "one adapter": jnp.full((1, 4), 0.5),
+    "side by side, and a base row": jnp.asarray([[2.0, 0, 0, 0], [0, 0.5, 0.5, 0.5], [0, 0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gradients_are_those_of_the_formula(name):
+    x, pair = _inputs(3), _pair(4, 0)
+    mine, theirs = (_gradients(form, x, pair, GATES[name]) for form in (lora.lora_delta, _plain))
+    for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        assert one.dtype == jnp.float32
+        assert np.max(np.abs(one - other)) <= 1e-5 * np.max(np.abs(other))
+
+
+def test_an_adapter_per_row():
+    """Values and gradients of each row are those of its own adapter alone, and of the formula."""
+    x, pairs = _inputs(3), [_pair(4, seed) for seed in range(3)]
+    gate = jnp.asarray([[0.5] * 4, [2.0] * 4, [1.0] * 4])
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *pairs)
+    together = _gradients(lora.lora_delta, x, stacked, gate)
+    for mine, theirs in zip(
+        *(jax.tree.leaves(each) for each in (together, _gradients(_plain, x, stacked, gate))), strict=True
+    ):
+        assert np.max(np.abs(mine - theirs)) <= 1e-5 * np.max(np.abs(theirs))
+    delta = lora.lora_delta(x, stacked, gate)
+    for row, pair in enumerate(pairs):
+        assert np.max(np.abs(delta[row] - _reference(x[row], pair, float(gate[row, 0])))) <= 2e-5
+
+
+def test_gradients_in_bfloat16():
+    """Products of what is rounded to bfloat16, sums in float32: an adapter's gradient is float32 and close."""
+    x, pair, gate = _inputs(3), _pair(4, 0), GATES["one adapter"]
+    low = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    dx, dpair = _gradients(lora.lora_delta, low(x), pair, gate)
+    assert dx.dtype == jnp.bfloat16
+    assert dpair.a.dtype == dpair.b.dtype == jnp.float32
+    wanted = _gradients(_plain, wide(low(x)), wide(low(pair)), gate)
+    for one, other in zip(jax.tree.leaves((dx, dpair)), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(one.astype(jnp.float32) - other) <= 0.01 * np.linalg.norm(other)
+
+
+def test_a_frozen_weight_costs_no_product_backwards():
+    """The gradient of x is the formula's; w's is none, and no array of its shape is made for it."""
+    x, w = _inputs(2), jnp.asarray(np.random.default_rng(1).normal(size=(IN, OUT)), jnp.float32)
+    total = lambda dot: lambda x, w: jnp.sum(jnp.sin(dot(x, w)))
+    mine, theirs = (jax.grad(total(dot))(x, w) for dot in (lora.frozen_dot, lora.dot))
+    assert np.max(np.abs(mine - theirs)) <= 1e-5
+    assert not jax.grad(total(lora.frozen_dot), 1)(x, w).any()
+    assert (IN, OUT) not in shapes(jax.grad(total(lora.frozen_dot)), x, w)
+    low = jax.grad(total(lora.frozen_dot))(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    assert np.linalg.norm(low.astype(jnp.float32) - theirs) <= 0.05 * np.linalg.norm(theirs)
 
 
 def test_linear_adds_delta_before_rounding():

@@ -1,7 +1,4 @@
-"""The layer loop: one trace for all layers, the cache in every form, padding on the right without effect.
-
-Rematerialisation is compared with torch in tests/models/test_decoder.py.
-"""
+"""The layer loop: one trace for all layers, the cache in every form, padding on the right without effect."""
 
 from __future__ import annotations
 

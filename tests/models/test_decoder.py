@@ -30,12 +30,10 @@ def test_adapter_equals_merged_weights(case):
     assert np.max(np.abs(got - expected["lora_logits"])) <= 2e-4
 
 
-def test_gradients_equal_torch_autograd(case, request):
+def test_gradients_equal_torch_autograd(case):
     model, expected = case
-    # Half of the models through the rematerialised form: both forms against the same reference.
-    remat = list(specs.SPECS).index(request.node.callspec.params["case"]) % 2 == 1
     logprobs, gradients = run.next_logprobs_and_gradients(
-        model.graphdef, model.weights, run.seeded_adapter(model), TOKENS, run.positions(TOKENS), remat=remat
+        model.graphdef, model.weights, run.seeded_adapter(model), TOKENS, run.positions(TOKENS)
     )
     assert np.max(np.abs(logprobs - expected["logprobs"])) <= 2e-4
     named = run.by_name(model, gradients)

@@ -58,24 +58,24 @@ def positions(tokens: np.ndarray | jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
 
-@partial(jax.jit, static_argnums=(0,), static_argnames=("remat",))
-def logits(graphdef, weights, tokens, positions, adapter=None, *, remat=False):
+@partial(jax.jit, static_argnums=(0,))
+def logits(graphdef, weights, tokens, positions, adapter=None):
     """[row, seq, vocab] float32; only tiny models can afford it."""
     model = nnx.merge(graphdef, weights)
-    hidden, _ = model.hidden_states(tokens, positions, adapter=adapter, remat=remat)
+    hidden, _ = model.hidden_states(tokens, positions, adapter=adapter)
     lora = None if adapter is None else adapter.adapter.unembed
     gate = None if adapter is None else adapter.gate
     return logprobs.next_logits(hidden, model.unembed_kernel(), lora, gate)
 
 
-@partial(jax.jit, static_argnums=(0,), static_argnames=("remat", "chunk"))
-def next_logprobs_and_gradients(graphdef, weights, adapter, tokens, positions, *, remat=False, chunk=64):
+@partial(jax.jit, static_argnums=(0,), static_argnames=("chunk",))
+def next_logprobs_and_gradients(graphdef, weights, adapter, tokens, positions, *, chunk=64):
     """Log-probability of each next token, and the gradient of their sum with respect to the adapter."""
 
     def total(adapter):
         model = nnx.merge(graphdef, weights)
         used = view(adapter)
-        hidden, _ = model.hidden_states(tokens, positions, adapter=used, remat=remat)
+        hidden, _ = model.hidden_states(tokens, positions, adapter=used)
         result = logprobs.target_logprobs(
             hidden[:, :-1], model.unembed_kernel(), tokens[:, 1:, None], adapter.unembed, used.gate, chunk=chunk
         )[..., 0]

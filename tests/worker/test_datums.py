@@ -1,4 +1,4 @@
-"""Datums: every malformed one is refused by name; padding carries no weight."""
+"""Datums: every malformed one is refused by name; several share a row, each with its own loss; padding has none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 
 from tx.errors import InvalidInput, Unsupported
 from tx.types import Datum, ForwardBackward
-from tx.worker.datums import check, lay_out
+from tx.worker.datums import Given, check, lay_out, num_targets
+from tx.worker.losses import LOSS_IDS
 from tx.worker.shapes import Shape
 
 
@@ -84,26 +85,108 @@ def test_good_requests_pass_and_get_their_defaults():
         check(request(sft(), loss_fn="custom"), 100, 64)
 
 
-def test_padding_is_invalid_and_weightless():
-    host = lay_out([sft(3), sft(2)], Shape(4, 4, 2), "cross_entropy", {})
-    assert host.loss.valid.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert host.tokens[0].tolist() == [0, 1, 2, 0]
-    assert host.targets[0, :, 0].tolist() == [0, 1, 2, 0]
-    assert host.loss.weights.sum() == 0.5 * 5
-    assert not host.loss.weights[..., 1].any()
+def given(datum: Datum, loss_fn: str = "cross_entropy", **config: float) -> Given:
+    return Given(datum, loss_fn, config)
 
 
-def test_per_token_clips_override_the_config():
+def test_several_datums_in_a_row():
+    """The example of the docstring, a row of one datum, and a row that is missing."""
+    host = lay_out([[given(sft(3)), given(sft(2))], [given(sft(8))]], Shape(3, 8, 1))
+    own = list(range(8))
+    assert host.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], own, [0] * 8]
+    assert host.starts.tolist() == [[0, 0, 0, 3, 3, 5, 6, 7], [0] * 8, own]
+    assert host.tokens.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], own, [0] * 8]
+    assert host.targets[..., 0].tolist() == host.tokens.tolist()
+    assert host.loss.loss_id.tolist() == [
+        [LOSS_IDS["cross_entropy"]] * 5 + [-1] * 3,
+        [LOSS_IDS["cross_entropy"]] * 8,
+        [-1] * 8,
+    ]
+    assert host.loss.weights[..., 0].tolist() == [[0.5] * 5 + [0.0] * 3, [0.5] * 8, [0.0] * 8]
+    # One number per datum, and one for each position of padding: segments of a sum over all of them.
+    assert host.loss.datum.tolist() == [[0, 0, 0, 3, 3, 5, 6, 7], [8] * 8, list(range(16, 24))]
+    for array in (host.tokens, host.positions, host.starts, host.targets, host.order.first, host.loss.datum):
+        assert array.dtype == np.int32
+    assert {array.dtype for array in (host.loss.weights, host.loss.recorded, host.loss.mask)} == {np.dtype(np.float32)}
+
+
+def test_datums_of_several_widths_share_a_micro_batch():
+    """K targets of [N, K], one of [N]: the other columns have no weight."""
+    wide = Datum(
+        np.array([7, 8], np.int32),
+        {
+            "target_tokens": np.array([[1, 2, 3], [4, 5, 6]], np.int64),
+            "weights": np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], np.float32),
+        },
+    )
+    assert num_targets(wide) == 3
+    assert num_targets(sft(2)) == 1
+    host = lay_out([[given(sft(2)), given(wide)]], Shape(1, 16, 4))
+    assert host.targets[0, :5].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 2, 3, 0], [4, 5, 6, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(
+        host.loss.weights[0, :5],
+        np.array([[0.5, 0, 0, 0], [0.5, 0, 0, 0], [0.1, 0.2, 0.3, 0], [0.4, 0.5, 0.6, 0], [0] * 4], np.float32),
+    )
+
+
+def test_the_head_sees_weighted_positions_first():
+    """Row 0: a datum of which two positions count, then one that counts whole; row 1: nothing that counts."""
+    some = sft(4, weights=np.array([0, 1, 0, -2], np.float32))
+    none = sft(5, weights=np.zeros(5, np.float32))
+    order = lay_out([[given(some), given(sft(2))], [given(none)]], Shape(3, 8, 1)).order
+    assert order.first.tolist() == [[1, 3, 4, 5, 0, 2, 6, 7], list(range(8)), list(range(8))]
+    assert order.num_weighted.tolist() == 4
+    assert order.num_valid.tolist() == 6
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "datum", "config", "count"),
+    [
+        ("ppo", rl(advantages=np.array([0, 1, 0, 0], np.float32)), {}, 1),
+        ("dro", rl(advantages=np.zeros(4, np.float32)), {"beta": 0.1}, 4),
+        ("dro", rl(advantages=np.zeros(4, np.float32)), {"beta": 0.0}, 0),
+        ("stable_reinforce", rl(advantages=np.zeros(4, np.float32)), {"kl_coeff": 0.1}, 4),
+        (
+            "stable_reinforce",
+            rl(advantages=np.zeros(4, np.float32), recorded_mask=np.array([1, 0, 0, 0], np.float32)),
+            {"kl_coeff": 0.1},
+            1,
+        ),
+        ("stable_reinforce", rl(advantages=np.zeros(4, np.float32)), {"kl_coeff": 0.0}, 0),
+        ("cross_entropy", sft(4, weights=np.zeros(4, np.float32)), {}, 0),
+    ],
+)
+def test_which_positions_have_a_derivative(loss_fn: str, datum: Datum, config: dict[str, float], count: int):
+    host = lay_out([[given(datum, loss_fn, **config)]], Shape(1, 8, 1))
+    assert host.order.num_weighted.tolist() == count
+    assert host.order.num_valid.tolist() == 4
+
+
+def test_losses_and_configs_are_each_datums_own():
+    """Per-token clips override the config; a neighbour has its own loss, and no clips at all."""
     low = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
-    config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-    host = lay_out([rl(clip_low_threshold=low), rl()], Shape(2, 4, 1), "ppo", config)
-    np.testing.assert_array_equal(host.loss.clip_low, [low, np.full(4, 0.8, np.float32)])
-    np.testing.assert_array_equal(host.loss.clip_high, np.full((2, 4), 1.2, np.float32))
+    clips = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    row = [given(rl(clip_low_threshold=low), "ppo", **clips), given(rl(), "cispo", **clips), given(sft(2))]
+    host = lay_out([row], Shape(1, 16, 1))
+    fill = lambda *parts: np.concatenate([np.broadcast_to(np.float32(value), size) for value, size in parts])
+    np.testing.assert_array_equal(host.loss.clip_low[0], fill((low, 4), (0.8, 4), (0, 8)))
+    np.testing.assert_array_equal(host.loss.clip_high[0], fill((1.2, 8), (0, 8)))
+    ids = [LOSS_IDS["ppo"]] * 4 + [LOSS_IDS["cispo"]] * 4 + [LOSS_IDS["cross_entropy"]] * 2 + [-1] * 6
+    assert host.loss.loss_id[0].tolist() == ids
+    assert host.loss.recorded[0].tolist() == [0.5] * 8 + [0.0] * 8
+    assert not host.has_sequence_ratios
 
 
 def test_masks_of_gspo_and_stable_reinforce():
     half = np.array([0, 0, 1, 1], np.float32)
-    shape = Shape(1, 4, 1)
-    assert lay_out([rl(sequence_ratio_mask=half)], shape, "gspo", {}).loss.mask.tolist() == [[0, 0, 1, 1]]
-    assert lay_out([rl(recorded_mask=half)], shape, "stable_reinforce", {}).loss.mask.tolist() == [[0, 0, 1, 1]]
-    assert lay_out([rl()], shape, "stable_reinforce", {}).loss.mask.tolist() == [[1, 1, 1, 1]]
+    row = [
+        given(rl(sequence_ratio_mask=half), "gspo"),
+        given(rl(recorded_mask=half), "stable_reinforce", kl_coeff=0.1, ratio_cap=2.0),
+        given(rl(), "stable_reinforce"),
+        given(Datum(np.zeros(2, np.int32), tensors(2, "advantages")), "stable_reinforce"),
+    ]
+    host = lay_out([row], Shape(1, 16, 1))
+    assert host.loss.mask[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    np.testing.assert_array_equal(host.loss.kl_coeff[0], np.float32([0] * 4 + [0.1] * 4 + [0] * 8))
+    np.testing.assert_array_equal(host.loss.ratio_cap[0], np.float32([0] * 4 + [2.0] * 4 + [0] * 8))
+    assert host.has_sequence_ratios

@@ -1,43 +1,107 @@
 """Shapes: every row fits, padding is bounded, the set is small."""
 
+from __future__ import annotations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tx.worker.shapes import Limits, lengths, max_rows, padded_length, power_of_two, rows_for
+from tx.worker.shapes import (
+    SHORTEST,
+    Limits,
+    Shape,
+    all_shapes,
+    lengths,
+    max_rows,
+    padded_length,
+    padded_targets,
+    power_of_two,
+    row_budget,
+    rows_for,
+)
 
 
 @given(st.integers(1, 2**20))
-def test_power_of_two_is_the_smallest_that_is_enough(value):
+def test_power_of_two_is_the_smallest_that_is_enough(value: int):
     power = power_of_two(value)
     assert power >= value
     assert power & (power - 1) == 0
     assert power == 1 or power // 2 < value
+    assert padded_targets(value) == power
 
 
 @given(st.integers(1, 40_960), st.sampled_from([1, 20, 512, 8192, 40_960]))
-def test_padded_length_holds_the_row_and_wastes_less_than_half_of_it(length, max_context):
+def test_padded_length_is_the_smallest_that_holds_the_row(length: int, max_context: int):
     if length > max_context:
         with pytest.raises(ValueError, match="context"):
             padded_length(length, max_context)
         return
-    padded = padded_length(length, max_context)
+    padded, known = padded_length(length, max_context), list(lengths(max_context))
     assert length <= padded <= max_context
-    assert padded in list(lengths(max_context))
-    assert padded <= 16 or padded < 1.5 * length + 1
+    assert padded in known
+    assert not [other for other in known if length <= other < padded]
+
+
+@given(st.integers(SHORTEST, 100_000))
+def test_padding_of_a_row(length: int):
+    """Half of a short row at most, a third between 257 and 512, a fifth of longer ones."""
+    waste = 1 - length / padded_length(length, 200_000)
+    assert waste < (1 / 2 if length <= 256 else 1 / 3 if length <= 512 else 1 / 5)
 
 
 def test_the_lengths_are_few():
-    assert list(lengths(100)) == [16, 24, 32, 48, 64, 96, 100]
-    assert len(list(lengths(32_768))) == 23
+    assert list(lengths(100)) == [16, 32, 64, 100]
+    assert list(lengths(1300)) == [16, 32, 64, 128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1300]
+    assert list(lengths(10)) == [10]
+    assert [len(list(lengths(context))) for context in (8_192, 16_384, 32_768)] == [23, 27, 31]
+
+
+def test_the_worked_examples_of_the_docstrings():
+    assert [padded_length(length, 9000) for length in (70, 300, 1025, 8500)] == [128, 384, 1280, 9000]
+    limits = Limits(64 * 8, 0, 1024, packed=False)
+    assert max_rows(64, limits) == 8
+    assert rows_for(7, 64, limits) == 8
+    assert rows_for(5, 64, limits) == 4
+    assert rows_for(1, 64, limits) == 1
+    assert row_budget(Limits(3000, 0, 8192)) == 2560
+    assert row_budget(Limits(3000, 0, 8192, row_multiple=2)) == 1280
 
 
 @given(st.integers(1, 500), st.integers(16, 1024), st.integers(1, 8192), st.integers(0, 70), st.sampled_from([1, 2, 8]))
-def test_rows_respect_budget_cap_and_mesh(waiting, length, tokens, cap, multiple):
-    limits = Limits(tokens, cap, 1024, multiple)
+def test_rows_respect_budget_cap_and_mesh(waiting: int, length: int, tokens: int, cap: int, multiple: int):
+    limits = Limits(tokens, cap, 1024, multiple, packed=False)
     full, rows = max_rows(length, limits), rows_for(waiting, length, limits)
     assert rows <= full
     assert rows % multiple == 0
     assert power_of_two(rows // multiple) == rows // multiple
     assert full == multiple or (full * length <= tokens and (not cap or full <= cap))
     assert rows == multiple or waiting >= rows * 3 / 4
+
+
+@given(st.integers(1, 10_000), st.sampled_from([10, 500, 8192]), st.sampled_from([1, 2, 3, 8]))
+def test_a_row_is_filled_to_a_padded_length_within_the_budget(tokens: int, max_context: int, multiple: int):
+    limits = Limits(tokens, 0, max_context, multiple)
+    budget = row_budget(limits)
+    assert padded_length(budget, max_context) == budget
+    assert budget * multiple <= tokens or budget == min(SHORTEST, max_context)
+    longer = [length for length in lengths(max_context) if length > budget]
+    assert not longer or longer[0] * multiple > tokens
+
+
+def test_the_number_of_programs():
+    """Packed, one per length up to the budget or the longest datum; else one per power of two of rows as well."""
+    packed = all_shapes(Limits(2048, 0, 8192), longest=2048)
+    assert packed == [Shape(1, length, 1) for length in list(lengths(8192))[:15]]
+    assert len(all_shapes(Limits(2048, 0, 8192), longest=20_000)) == 23
+    assert {shape.rows for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)} == {8}
+    assert [shape.length for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)] == [
+        16, 32, 64, 128, 256,
+    ]  # fmt: skip
+    single = all_shapes(Limits(256, 0, 8192, packed=False), longest=256)
+    assert single == [
+        Shape(rows, length, 1)
+        for length, most in ((16, 16), (32, 8), (64, 4), (128, 2), (256, 1))
+        for rows in (1, 2, 4, 8, 16)
+        if rows <= most
+    ]
+    assert max(shape.length for shape in all_shapes(Limits(8192, 0, 8192, packed=False), longest=100)) == 128

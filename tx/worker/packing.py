@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tx.worker.shapes import Limits, Shape, padded_length, padded_targets, rows_for
+from tx.worker.shapes import Limits, Shape, max_rows, padded_length, padded_targets, row_budget, rows_for
 
 
 @dataclass(frozen=True, order=True)
@@ -54,12 +54,26 @@ class MicroBatch:
 def plan(pieces: Iterable[Piece], limits: Limits) -> list[MicroBatch]:
     """All datums in micro-batches, the longest first; each datum appears exactly once.
 
-    Example, a budget of 256: datums of 300, 200, 100, 40 and 20 positions run as rows of 384 = {300, 40, 20}, which is
-    longer than the budget because its first datum is, 256 = {200} and 128 = {100}. Not packed, they run as 1 x 384,
-    1 x 256, 1 x 128 and 2 x 64.
+    Example, a budget of 256: datums of 300, 200, 100, 40 and 20 positions run as rows of 384 = {300, 20}, which is
+    longer than the budget because its first datum is, 256 = {200, 40} and 128 = {100}. Not packed, they run as 1 x 384,
+    1 x 256, 1 x 128, 1 x 64 and 1 x 32.
     """
     waiting = sorted(pieces, reverse=True)
     return _plan_packed(waiting, limits) if limits.packed else _plan_single(waiting, limits)
+
+
+def smaller(batch: MicroBatch, limits: Limits) -> Limits | None:
+    """Limits under which the datums of this micro-batch take smaller shapes; None if they have the smallest.
+
+    A packed row is never shorter than its longest datum, whatever else lies in it; its number of rows is given.
+    """
+    shape = batch.shape
+    if limits.packed:
+        longest = max(piece.length for piece in batch.pieces)
+        can_shrink = shape.length > padded_length(longest, limits.max_context)
+    else:
+        can_shrink = shape.rows > limits.row_multiple
+    return replace(limits, tokens=shape.num_tokens // 2) if can_shrink else None
 
 
 # ---- several datums per row -----------------------------------------------------------------------------------------
@@ -85,7 +99,7 @@ def _plan_packed(waiting: Sequence[Piece], limits: Limits) -> list[MicroBatch]:
 
 def _fill_rows(pieces: Sequence[Piece], limits: Limits) -> list[Row]:
     """Best fit: each datum into the fullest row that still has room for it; rows come back longest first."""
-    budget = min(max(1, limits.tokens // limits.row_multiple), limits.max_context)
+    budget = row_budget(limits)
     most = max(1, limits.datums // limits.row_multiple) if limits.datums else len(pieces)
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (positions left, row), ascending, of the rows that are not full
@@ -129,10 +143,11 @@ def _plan_single(waiting: Sequence[Piece], limits: Limits) -> list[MicroBatch]:
 def _count_alike(waiting: Sequence[Piece], start: int, length: int, targets: int, limits: Limits) -> int:
     """Datums from ``start`` on that belong into this padded length.
 
-    Shorter ones count too, while they fill rows of the shape that would be padding anyway.
+    Shorter ones count too, while they fill rows of the shape that would be padding anyway. No more are counted than a
+    micro-batch can take.
     """
-    same = start
-    while same < len(waiting) and _bucket(waiting[same], limits) == (length, targets):
+    same, full = start, max_rows(length, limits)
+    while same < len(waiting) and same - start < full and _bucket(waiting[same], limits) == (length, targets):
         same += 1
     room = rows_for(same - start, length, limits) - (same - start)
     end = same

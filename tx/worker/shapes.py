@@ -1,6 +1,8 @@
 """The small fixed set of padded shapes that training programs are compiled for. No JAX.
 
-Row lengths are 16, 32, 64, 128, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, 1280, …).
+Row lengths are 16, 32, 64, 128, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, 1280, …):
+23 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows.
+
 Packed rows are filled with several datums, so their lengths can be coarse below 512; a long datum fills its row mostly
 alone and wastes less than a fifth of it. Rows of one length are powers of two under a token budget. Everything else a
 program could depend on (which loss, its config, learning rates) is data, not shape.
@@ -37,7 +39,7 @@ class Limits:
 
     Attributes:
         tokens: budget of padded positions; a single row longer than it still runs, alone.
-        datums: cap on the datums of a micro-batch, 0 is off.
+        datums: cap on the datums of a micro-batch, 0 is off; ``row_multiple`` of them run in any case.
         max_context: longest datum there can be.
         row_multiple: rows are multiples of this, so that they divide over the mesh.
         packed: several datums per row, kept apart by the attention; else one datum per row.
@@ -82,6 +84,17 @@ def padded_length(length: int, max_context: int) -> int:
     return next(padded for padded in lengths(max_context) if padded >= length)
 
 
+def row_budget(limits: Limits) -> int:
+    """Positions up to which a packed row is filled: the longest padded length of which the rows fit the budget.
+
+    Example: of 3,000 tokens, one row takes 2,560 and two rows take 1,280 each.
+    """
+    each = limits.tokens // limits.row_multiple
+    return max(
+        (length for length in lengths(limits.max_context) if length <= each), default=next(lengths(limits.max_context))
+    )
+
+
 def max_rows(length: int, limits: Limits) -> int:
     """Rows of a full micro-batch at this padded length: a power of two times ``row_multiple``, at least one of it."""
     rows = max(1, limits.tokens // length)
@@ -114,6 +127,9 @@ def padded_targets(num_targets: int) -> int:
 def all_shapes(limits: Limits, longest: int) -> list[Shape]:
     """Every shape that datums of up to ``longest`` positions with one target each can meet: what may be compiled."""
     found = []
+    longest = padded_length(min(longest, limits.max_context), limits.max_context)
+    if limits.packed:
+        longest = max(longest, row_budget(limits))
     for length in lengths(limits.max_context):
         if limits.packed:
             found.append(Shape(limits.row_multiple, length, 1))
@@ -123,6 +139,6 @@ def all_shapes(limits: Limits, longest: int) -> list[Shape]:
             while rows <= full:
                 found.append(Shape(rows, length, 1))
                 rows *= 2
-        if length >= longest and length * limits.row_multiple >= limits.tokens:
+        if length == longest:
             break
     return found

@@ -34,7 +34,7 @@ from tx.worker import datums, memory, optimizer
 from tx.worker.adapters import AdapterStore, Ranks, TrainingState
 from tx.worker.datums import Given
 from tx.worker.layerwise import Layerwise, Outputs, Trained
-from tx.worker.packing import MicroBatch, Piece, plan
+from tx.worker.packing import MicroBatch, Piece, plan, smaller
 from tx.worker.shapes import Limits, Shape, all_shapes, padded_length, power_of_two
 from tx.worker.throughput import Meter, PassCost, flops_per_token
 
@@ -365,11 +365,13 @@ class Trainer:
         shape = batch.shape
         if not forward_only and self._keeps(shape):
             each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
-            self._activation_bytes = max(0, shape.num_tokens * each // 2)
+            devices = self._model.mesh.shape["data"] * self._model.mesh.shape["fsdp"]
+            self._activation_bytes = shape.num_tokens * each // devices // 2
             log.warning("out of memory: layers of more than %d tokens are computed twice", shape.num_tokens // 2)
             return True
-        if len(batch.pieces) > self._limits.row_multiple and self._limits.tokens > shape.num_tokens // 2:
-            self._limits = replace(self._limits, tokens=shape.num_tokens // 2)
+        limits = smaller(batch, self._limits)
+        if limits is not None:
+            self._limits = limits
             log.warning("out of memory: micro-batches now have at most %d tokens", self._limits.tokens)
             return True
         return False
@@ -403,6 +405,8 @@ class Trainer:
         pieces = _pieces(jobs)
         length = sum(piece.length for piece in pieces)
         if self._limits.datums and len(pieces) > self._limits.datums:
+            return False
+        if not self._limits.packed and len(pieces) > 1:  # a row's datums would see each other
             return False
         return length <= TOGETHER_TOKENS and max(piece.num_targets for piece in pieces) == 1
 
