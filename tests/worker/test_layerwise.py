@@ -168,7 +168,7 @@ def test_gradients_that_are_not_finite_are_told(dense: LoadedModel, where: str):
     assert not layerwise.forward_backward(trained(adapter), (sums,), host(), keep=True).finite
 
 
-# ---- on a mesh --------------------------------------------------------------------------------------------------------
+# ---- on a mesh ------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import json, sys

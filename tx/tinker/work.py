@@ -85,7 +85,7 @@ class Work:
         """Repeat the effect of a finished job on the model ``target``; True if the worker will report ``job_id``."""
         if job.kind == "forward_backward":
             request = self._decode(job, replaying=True)
-            self._worker.submit_forward_backward(job_id, replace(request, model_id=target))
+            self._worker.submit_forward_backward(job_id, replace(request, model_id=target), alone=True)
             return True
         if job.kind == "load_weights":
             self._check_unchanged(job)

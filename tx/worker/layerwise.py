@@ -124,8 +124,7 @@ class Layerwise:
                 dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)
             layers.append(sums)
         gradients = tuple(
-            Adapter(tuple(sums[which] for sums in reversed(layers)), unembed)
-            for which, unembed in enumerate(of_head)
+            Adapter(tuple(sums[which] for sums in reversed(layers)), unembed) for which, unembed in enumerate(of_head)
         )
         return Outputs(logprobs, losses, gradients, finite)
 

@@ -57,6 +57,7 @@ class _Job:
     job_id: int
     request: ForwardBackward
     config: dict[str, float]
+    alone: bool  # never beside other models
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)  # by datum index
     losses: dict[int, float] = field(default_factory=dict)
 
@@ -133,7 +134,6 @@ class Trainer:
         self._waiting: dict[str, list[_Job]] = {}
         self._passes: dict[str, _Pass] = {}
         self._turns: deque[str] = deque()  # models with work, the next one first
-        self._alone: set[int] = set()  # jobs that a micro-batch of several models failed with
 
     # ---- what the engine calls --------------------------------------------------------------------------------
 
@@ -141,11 +141,11 @@ class Trainer:
         """Raises InvalidInput naming the first wrong field."""
         datums.check(request, self._model.config.vocab_size, self._limits.max_context)
 
-    def submit(self, job_id: int, request: ForwardBackward) -> None:
-        """Queue a request; raises InvalidInput, and then nothing is queued."""
+    def submit(self, job_id: int, request: ForwardBackward, *, alone: bool = False) -> None:
+        """Queue a request, ``alone``: never beside other models'; raises InvalidInput, and then nothing is queued."""
         self._store.lora(request.model_id)
         config = datums.check(request, self._model.config.vocab_size, self._limits.max_context)
-        self._waiting.setdefault(request.model_id, []).append(_Job(job_id, request, config))
+        self._waiting.setdefault(request.model_id, []).append(_Job(job_id, request, config, alone))
         if request.model_id not in self._turns:
             self._turns.append(request.model_id)
 
@@ -400,7 +400,7 @@ class Trainer:
 
     def _is_tiny(self, model_id: str) -> bool:
         jobs = self._next_jobs(model_id)
-        if model_id in self._passes or not jobs or any(job.job_id in self._alone for job in jobs):
+        if model_id in self._passes or not jobs or any(job.alone for job in jobs):
             return False
         pieces = _pieces(jobs)
         length = sum(piece.length for piece in pieces)
@@ -420,7 +420,8 @@ class Trainer:
             passes = self._run_together(jobs)
         except Exception as error:
             log.debug("%d models run one by one after: %s", len(model_ids), error)
-            self._alone.update(job.job_id for group in jobs.values() for job in group)
+            for job in (job for group in jobs.values() for job in group):
+                job.alone = True
             return []
         finished = []
         for model_id, done in passes.items():

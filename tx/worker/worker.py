@@ -211,10 +211,13 @@ class Worker:
 
     # ---- training ---------------------------------------------------------------------------------------------
 
-    def submit_forward_backward(self, job_id: int, request: types.ForwardBackward) -> None:
-        """Check and queue one request; raises InvalidInput naming the field, and then nothing has changed."""
+    def submit_forward_backward(self, job_id: int, request: types.ForwardBackward, *, alone: bool = False) -> None:
+        """Check and queue one request; raises InvalidInput naming the field, and then nothing has changed.
+
+        ``alone``: in no micro-batch with other models, so that its numbers are those of the model by itself to the bit.
+        """
         self._require(request.model_id)
-        self._trainer.submit(job_id, request)
+        self._trainer.submit(job_id, request, alone=alone)
 
     @property
     def training(self) -> bool:
