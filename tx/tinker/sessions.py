@@ -78,8 +78,13 @@ class Sessions:
 
     def model_for_work(self, model_id: str) -> Model:
         """A model that still takes jobs."""
-        model = self.model(model_id)
-        self._require_open(model.session_id)
+        with reading(self._db) as db:
+            model = db.get(Model, model_id)
+            session = None if model is None else db.get(Session, model.session_id)
+        if model is None:
+            raise NotFound("model_id", model_id, "a model of this server")
+        if session is not None:
+            _open(session)
         return model
 
     def sampler(self, sampler_id: str) -> Sampler:

@@ -58,7 +58,7 @@ def start(config: TxConfig) -> Iterator[Ready]:
         worker = _load(config, registration)
         folders = CheckpointFolders(config.checkpoints_folder)
         folders.sweep()
-        yield Ready(db, ChangeSignal(config.resolved_database_url), worker, folders, registration)
+        yield Ready(db, ChangeSignal(config.resolved_database_url, ("appended",)), worker, folders, registration)
     except StartupError as error:
         registration.close("failed", str(error))
         raise
