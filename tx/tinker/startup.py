@@ -136,8 +136,8 @@ def _load(config: TxConfig, registration: Registration) -> Worker:
 def _use_compile_cache(config: TxConfig) -> None:
     config.compile_cache_folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(config.compile_cache_folder))
-    # The default keeps only what took a second: on CPU most programs of a small model take less, and add up.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # All of them: the default keeps only what took a second to compile, but most take less, and add up.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
