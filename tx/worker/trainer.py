@@ -463,7 +463,7 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-@jax.jit
+@partial(jax.jit, keep_unused=True)  # placed as its argument: elsewhere, whoever adds to it is compiled twice
 def _zeros(like: Adapter) -> Adapter:
     return jax.tree.map(jnp.zeros_like, like)
 
