@@ -4,13 +4,12 @@ Every compilation of the process counts, whoever asked for it: the programs of t
 stray operation on a device array would need.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.compilations import compilations
 from tests.worker.sampler import make, random_state, request_of, tiny_model
 from tx.worker.snapshots import SnapshotStore
 
@@ -30,22 +29,6 @@ def snapshots(model):
     for index in range(2):
         store.load(f"snapshot-{index}", random_state(model.config, 8, index))
     return [None, store.get("snapshot-0"), store.get("snapshot-1")]
-
-
-@contextlib.contextmanager
-def compilations():
-    """What is compiled meanwhile, by name."""
-    names: list[str] = []
-
-    def record(event, _duration, **labels):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(labels.get("fun_name", "?"))
-
-    jax.monitoring.register_event_duration_secs_listener(record)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(record)
 
 
 def drain(generator):

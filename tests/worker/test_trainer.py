@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import jax
@@ -10,82 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.golden_lora import Golden, read_golden, relative_error
+from tests.support.compilations import compilations
+from tests.support.golden_lora import read_golden, relative_error
+from tests.support.trainer_lab import CASES, RANK, Lab, arrays, true_rank
 from tx.errors import InvalidInput, NotFound
-from tx.layers.lora import Adapter
-from tx.models.loading import LoadedModel, load_model
-from tx.types import AdamParams, Datum, Finished, ForwardBackward, ForwardBackwardResult, LoraConfig, ModelState
-from tx.worker import trainer as trainer_module
-from tx.worker.adapters import AdapterStore
+from tx.types import AdamParams, Datum, LoraConfig
+from tx.worker import datums
+from tx.worker.layerwise import Layerwise
 from tx.worker.losses import position_losses
-from tx.worker.mesh import make_mesh
-from tx.worker.trainer import Trainer
-
-RANK = 3
-CASES = {  # the golden's case: (loss_fn, config, inputs of the datum)
-    "cross_entropy": ("cross_entropy", {}, ("weights",)),
-    "cross_entropy_k": ("cross_entropy", {}, ()),
-    "importance_sampling": ("importance_sampling", {}, ("logprobs", "advantages")),
-    "ppo": ("ppo", {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}, ("logprobs", "advantages")),
-    "ppo_per_token": ("ppo", {}, ("logprobs", "advantages", "clip_low_threshold", "clip_high_threshold")),
-    "cispo": ("cispo", {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3}, ("logprobs", "advantages")),
-    "dro": ("dro", {"beta": 0.3}, ("logprobs", "advantages")),
-    "gspo": ("gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}, ("logprobs", "advantages", "mask")),
-    "stable_reinforce": (
-        "stable_reinforce",
-        {"kl_coeff": 0.1, "ratio_cap": 1.2},
-        ("logprobs", "advantages", "mask"),
-    ),
-}
-
-
-class Lab:
-    """A base model with one golden adapter, and what tests do with it."""
-
-    def __init__(self, golden: Golden, dtype: jnp.dtype = jnp.float32) -> None:
-        self.golden = golden
-        self.model: LoadedModel = load_model(golden.folder, make_mesh(), dtype)
-        self.ids = itertools.count()
-
-    def trainer(self, *, max_resident: int = 4, tokens: int = 64, **options) -> tuple[AdapterStore, Trainer]:
-        store = AdapterStore(self.model, max_resident)
-        return store, Trainer(self.model, store, micro_batch_tokens=tokens, max_context=64, **options)
-
-    def load(self, store: AdapterStore, model_id: str = "m") -> None:
-        store.restore(model_id, ModelState(LoraConfig(RANK, 0), self.golden.group("adapter")), with_optimizer=False)
-
-    def data(self, case: str) -> tuple[Datum, ...]:
-        loss_fn, _, names = CASES[case]
-        renamed = {"mask": "sequence_ratio_mask" if loss_fn == "gspo" else "recorded_mask"}
-        data = []
-        for tensors in self.golden.data():
-            inputs = {renamed.get(name, name): tensors[name] for name in names}
-            inputs["target_tokens"] = tensors["targets_k" if case.endswith("_k") else "target_tokens"]
-            if case.endswith("_k"):
-                inputs["weights"] = tensors["weights_k"]
-            data.append(Datum(tensors["tokens"].astype(np.int32), inputs))
-        return tuple(data)
-
-    def request(self, case: str = "cross_entropy", model_id: str = "m", **changes) -> ForwardBackward:
-        loss_fn, config, _ = CASES[case]
-        fields = {"data": self.data(case), "loss_fn": loss_fn, "loss_config": config, "forward_only": False}
-        return ForwardBackward(model_id=model_id, seq_id=next(self.ids), **(fields | changes))
-
-    def run(self, trainer: Trainer, *requests: ForwardBackward) -> list[ForwardBackwardResult]:
-        """Submit all, run until done, results in the order submitted; a failed job raises."""
-        finished = self.finish(trainer, *requests)
-        for outcome in finished.values():
-            if outcome.error is not None:
-                raise outcome.error
-        return [finished[index].result for index in range(len(requests))]
-
-    def finish(self, trainer: Trainer, *requests: ForwardBackward) -> dict[int, Finished]:
-        for index, request in enumerate(requests):
-            trainer.submit(index, request)
-        finished: dict[int, Finished] = {}
-        while trainer.has_work:
-            finished |= {outcome.job_id: outcome for outcome in trainer.slice()}
-        return finished
+from tx.worker.shapes import Shape
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +28,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 @pytest.fixture(scope="module")
 def qwen_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(read_golden("lora_qwen3", tmp_path_factory.mktemp("lora") / "qwen3"))
-
-
-def arrays(adapter: Adapter | None) -> dict[str, np.ndarray]:
-    """An adapter by site names, padding included."""
-    assert adapter is not None
-    sites = {f"layers.{i}.{key}": site for i, layer in enumerate(adapter.layers) for key, site in layer.items()}
-    if adapter.unembed is not None:
-        sites["unembed"] = adapter.unembed
-    return {f"{name}.lora_{side.upper()}": np.asarray(getattr(w, side)) for name, w in sites.items() for side in "ab"}
-
-
-def true_rank(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(what belongs to the true rank, the padding) of a dense site's array."""
-    axis = 1 if name.endswith("A") else 0
-    return np.split(array, [RANK], axis=axis)[0], np.split(array, [RANK], axis=axis)[1]
 
 
 def check_gradients(lab: Lab, case: str, tolerance: float = 1e-4) -> None:
@@ -275,8 +192,9 @@ def test_c05_a_built_in_loss_run_as_a_custom_one_gives_the_same_gradient(lab: La
     logprobs = lab.run(trainer, lab.request(data=tuple(plain), forward_only=True))[0].logprobs
     weighted = []
     for datum, lp in zip(request.data, logprobs, strict=True):
-        shape = trainer_module.plan([trainer_module.Piece(1, lp.size, 0, 0)], trainer._limits)[0].shape
-        batch = trainer_module.datums.lay_out([[trainer_module.Given(datum, "ppo", request.loss_config)]], shape).loss
+        shape = Shape(1, 16, 1)
+        host = datums.lay_out([[datums.Given(datum, "ppo", request.loss_config)]], shape)
+        batch = jax.tree.map(jnp.asarray, host.loss)
         padded = np.zeros((*batch.loss_id.shape, 1), np.float32)
         padded[0, : lp.size, 0] = lp
         derivative = jax.grad(lambda values, batch=batch: position_losses(values, batch).sum())(jnp.asarray(padded))
@@ -323,7 +241,8 @@ def test_c10_one_jobs_failure_leaves_the_others_results_as_they_are(lab: Lab):
     assert isinstance(finished[0].error, InvalidInput)
     assert finished[0].error.field == "data[1]"
     assert finished[1].result is not None
-    assert finished[1].result.metrics == pytest.approx(alone.metrics, rel=1e-6)
+    for name in ("loss:sum", "num_tokens:sum"):
+        assert finished[1].result.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-6)
     for name, grad in arrays(store.state("m").grads).items():
         np.testing.assert_allclose(grad, wanted[name], rtol=1e-5, atol=1e-6)
 
@@ -342,22 +261,22 @@ def test_c10_a_refused_request_changes_nothing(lab: Lab):
     assert store.state("m").grads is None
 
 
-def test_c10_out_of_memory_halves_micro_batches_and_then_fails_one_job(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_c10_out_of_memory_shrinks_what_runs_and_then_fails_one_job(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     """The device is told to have room for so many tokens; what runs below that is the real program."""
     room = 16
-    real, shapes = trainer_module._forward_backward, []
+    real, calls = Layerwise.forward_backward, []
 
-    def small_device(*arguments):
-        shapes.append(arguments[9].shape)
-        if arguments[9].size > room:
+    def small_device(self, trained, accumulators, host, *, keep):
+        calls.append((host.tokens.shape, keep))
+        if host.tokens.size > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return real(*arguments)
+        return real(self, trained, accumulators, host, keep=keep)
 
-    monkeypatch.setattr(trainer_module, "_forward_backward", small_device)
+    monkeypatch.setattr(Layerwise, "forward_backward", small_device)
     store, trainer = lab.trainer()
     lab.load(store)
-    lab.run(trainer, lab.request())
-    assert shapes == [(4, 16), (2, 16), (1, 16), (1, 16), (1, 16)]
+    lab.run(trainer, lab.request())  # datums of 5, 11 and 8 tokens
+    assert calls == [((1, 32), True), ((1, 32), False), ((1, 16), True), ((1, 16), True)]
     for name, grad in arrays(store.state("m").grads).items():
         assert relative_error(true_rank(name, grad)[0], lab.golden.group("grad/cross_entropy")[name]) <= 1e-4
     long = Datum(np.ones(40, np.int32), {"target_tokens": np.ones(40, np.int64), "weights": np.ones(40, np.float32)})
@@ -401,16 +320,15 @@ def test_a_step_without_gradients_decays_moments_and_weights(lab: Lab):
 def test_losses_configs_and_learning_rates_compile_nothing(lab: Lab):
     store, trainer = lab.trainer()
     lab.load(store)
-    programs = (trainer_module._forward_backward, trainer_module._forward, trainer_module.optimizer.adamw)
     lab.run(trainer, lab.request("ppo"), lab.request("ppo", forward_only=True))
     trainer.optim_step("m", AdamParams())
     lab.run(trainer, lab.request())
-    compiled = [program._cache_size() for program in programs]
-    for index, case in enumerate(("cispo", "dro", "gspo", "stable_reinforce", "importance_sampling")):
-        config = {key: value * 1.01 for key, value in CASES[case][1].items()}
-        lab.run(trainer, lab.request(case, loss_config=config), lab.request(case, forward_only=True))
-        trainer.optim_step("m", AdamParams(learning_rate=1e-4 * index, weight_decay=0.01 * index, grad_clip_norm=index))
-    assert [program._cache_size() for program in programs] == compiled
+    with compilations() as compiled:
+        for index, case in enumerate(("cispo", "dro", "gspo", "stable_reinforce", "importance_sampling")):
+            config = {key: value * 1.01 for key, value in CASES[case][1].items()}
+            lab.run(trainer, lab.request(case, loss_config=config), lab.request(case, forward_only=True))
+            trainer.optim_step("m", AdamParams(1e-4 * index, weight_decay=0.01 * index, grad_clip_norm=index))
+    assert not compiled
 
 
 def test_optim_step_refuses_to_overtake(lab: Lab):

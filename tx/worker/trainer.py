@@ -331,11 +331,14 @@ class Trainer:
 
         The accumulator was donated to the failed call, or has its numbers in it: a new pass begins without one.
         """
-        if _out_of_memory(error) and self._can_shrink(batch, current.forward_only):
-            self._plan_pass(model_id, current.jobs)
-            return []
+        guilty = error.pieces if isinstance(error, _NotFinite) else batch.pieces
+        if _out_of_memory(error):
+            if self._can_shrink(batch, current.forward_only):
+                self._plan_pass(model_id, current.jobs)
+                return []
+            guilty = (max(batch.pieces, key=lambda piece: piece.length),)  # shorter ones only filled its row
         failed: dict[int, Exception] = {}
-        for piece in error.pieces if isinstance(error, _NotFinite) else batch.pieces:
+        for piece in guilty:
             if isinstance(error, _NotFinite):
                 accepted = "a finite loss with finite gradients; were logprobs, advantages or learning_rate too large?"
                 failed.setdefault(piece.job_id, InvalidInput(f"data[{piece.index}]", error.what, accepted))
@@ -355,7 +358,7 @@ class Trainer:
             self._activation_bytes = max(0, shape.num_tokens * each // 2)
             log.warning("out of memory: layers of more than %d tokens are computed twice", shape.num_tokens // 2)
             return True
-        if len(batch.pieces) > self._limits.row_multiple:
+        if len(batch.pieces) > self._limits.row_multiple and self._limits.tokens > shape.num_tokens // 2:
             self._limits = replace(self._limits, tokens=shape.num_tokens // 2)
             log.warning("out of memory: micro-batches now have at most %d tokens", self._limits.tokens)
             return True
