@@ -17,7 +17,6 @@ from tx.errors import InvalidInput, NotFound
 from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, reading, writing
 from tx.tinker.wire import paths
 
-
 # Made once: every request of a model asks, and to put it together would take twice as long as to run it.
 _MODEL_AND_SESSION = (
     select(Model, Session)

@@ -95,6 +95,22 @@ def stop_signals() -> threading.Event:
     return stop
 
 
+def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], bool]) -> None:
+    """Run the worker's warm-up, saying how far it is; a step that fails is left to whoever needs it."""
+    began, steps = time.monotonic(), worker.warm_up()
+    for number, step in enumerate(steps, 1):
+        if stopping():
+            return
+        registration.update("starting", f"warming up: {number} of {len(steps)}, {step.name}")
+        step_began = time.monotonic()
+        try:
+            step.run()
+        except Exception as error:
+            log.warning("warming up, %s failed: %s", step.name, error)
+        log.info("warming up: %d of %d, %s, %.1f s", number, len(steps), step.name, time.monotonic() - step_began)
+    log.info("warmed up in %.0f s", time.monotonic() - began)
+
+
 def _load(config: TxConfig, registration: Registration) -> Worker:
     began = time.monotonic()
     _use_compile_cache(config)
