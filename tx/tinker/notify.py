@@ -152,8 +152,8 @@ class _Pipe:
 def _write_to_pipes(folder: Path, topics: tuple[Topic, ...]) -> None:
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
-        return  # nobody has ever waited
+    except OSError:
+        return  # nobody has ever waited, or nobody can have a pipe
     for name in names:
         if not set(name.partition(".")[0].split("+")) & set(topics):
             continue
