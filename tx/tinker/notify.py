@@ -98,8 +98,9 @@ class _SqliteSignal:
         _write_to_pipes(self._folder, topics)
 
     def close(self) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.close()
         self._connection.close()
 
     def _probed(self) -> bool:
