@@ -30,6 +30,7 @@ class Bench:
         self.url = url
         self.db = open_database(url)
         self.signal = ChangeSignal(url)
+        self.pace = ChangeSignal(url)
         self.jobs = JobTable(self.db, self.signal)
         self.folders = CheckpointFolders(folder / "checkpoints")
         self.model_folder = model_folder
@@ -48,7 +49,8 @@ class Bench:
     def run(self, *request_ids: int) -> list[Job]:
         """Step until these jobs are finished."""
         for _ in range(20_000):
-            self.engine.step()
+            if not self.engine.step():
+                self.pace.wait(0.005)  # files are being written
             if len(self.jobs.finished_ids(request_ids)) == len(set(request_ids)):
                 finished = self.jobs.finished(request_ids)
                 return [finished[request_id] for request_id in request_ids]

@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tx.tinker import startup
 from tx.tinker.db import Engine as EngineRow
 from tx.tinker.db import open_database, reading
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.registration import Registration
 from tx.tinker.startup import PARENT_FD
+from tx.worker.warm_up import Step
 
 START_S = 120.0
 STOP_S = 5.0
@@ -50,6 +55,72 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path, tiny_qwen3, model, 
     with reading(open_database(environ(tmp_path)["TX_DATABASE_URL"])) as db:
         name = str(tiny_qwen3) if model == tiny_qwen3 else model
         assert db.get(EngineRow, name).state == "failed"
+
+
+class Steps:
+    """Stands in for a worker: its warm-up notes what the engine's row said when each step ran."""
+
+    def __init__(self, registration: Registration, database: Any, *, broken: int = -1) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self._registration, self._database, self._broken = registration, database, broken
+
+    def warm_up(self) -> list[Step]:
+        return [Step(f"step {number}", partial(self._run, number)) for number in range(3)]
+
+    def _run(self, number: int) -> None:
+        with reading(self._database) as db:
+            row = db.get(EngineRow, "base")
+        self.seen.append((row.state, row.detail))
+        if number == self._broken:
+            raise RuntimeError("no room")
+
+
+@pytest.fixture
+def registered(database_url):
+    database = open_database(database_url)
+    registration = Registration(database, "base", ("base",))
+    yield registration, database
+    registration.close()
+    database.dispose()
+
+
+def test_warm_up_says_how_far_it_is(registered):
+    steps = Steps(*registered)
+    startup.warm_up(steps, registered[0], lambda: False)
+    assert steps.seen == [("starting", f"warming up: {number + 1} of 3, step {number}") for number in range(3)]
+
+
+def test_a_step_of_warm_up_that_fails_is_left_out(registered, caplog):
+    steps = Steps(*registered, broken=1)
+    startup.warm_up(steps, registered[0], lambda: False)
+    assert len(steps.seen) == 3
+    assert "step 1 failed: no room" in caplog.text
+
+
+def test_warm_up_ends_between_two_steps_when_told_to(registered):
+    steps = Steps(*registered)
+    startup.warm_up(steps, registered[0], lambda: len(steps.seen) == 2)
+    assert len(steps.seen) == 2
+
+
+def test_an_engine_that_warms_up_is_gone_soon_after_it_is_told(tmp_path, tiny_qwen3):
+    process = subprocess.Popen(command(tmp_path, tiny_qwen3, "--warmup"), env=environ(tmp_path))
+    database = open_database(environ(tmp_path)["TX_DATABASE_URL"])
+    said: list[str] = []
+    try:
+        deadline = time.monotonic() + START_S
+        while not said or not said[-1].startswith("warming up: "):
+            assert process.poll() is None, "the engine died"
+            assert time.monotonic() < deadline, said
+            with reading(database) as db:
+                row = db.get(EngineRow, str(tiny_qwen3))
+            said.append("" if row is None else row.detail)
+        assert row.state == "starting"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("way", ["SIGTERM", "orphaned"])

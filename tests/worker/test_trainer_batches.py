@@ -7,13 +7,11 @@ import logging
 import numpy as np
 import pytest
 
-from tests.support.compilations import compilations
 from tests.support.golden_lora import read_golden
 from tests.support.trainer_lab import CASES, Lab, arrays
 from tx.errors import InvalidInput
 from tx.types import AdamParams, Datum, ForwardBackward, ForwardBackwardResult, LoraConfig
 from tx.worker.adapters import AdapterStore
-from tx.worker.shapes import Limits, all_shapes
 from tx.worker.trainer import Trainer
 
 VOCAB = 96
@@ -195,29 +193,6 @@ def test_a_fresh_model_computes_what_the_base_model_does(lab: Lab):
     trainer.optim_step("fresh", AdamParams(learning_rate=1e-2))
     moved = lab.run(trainer, random_request("fresh", "cross_entropy", [30, 50], 4, forward_only=True))[0]
     assert np.abs(moved.logprobs[0] - base.logprobs[0]).max() > 1e-3
-
-
-def test_random_lengths_compile_no_more_than_the_documented_shapes(lab: Lab):
-    """After warm-up, requests of any lengths within the budget compile nothing at all, wherever a state comes from."""
-    store, trainer = lab.trainer(max_resident=8, tokens=64)
-    for _ in trainer.warm_up([4]):
-        pass
-    store.create("m", LoraConfig(4, 0))
-    rng = np.random.default_rng(0)
-    with compilations() as compiled:
-        for seed in range(12):
-            lengths = rng.integers(1, 64, rng.integers(1, 9)).tolist()
-            for forward_only in (False, True, False):
-                lab.run(trainer, random_request("m", "ppo", lengths, seed, forward_only))
-            trainer.optim_step("m", AdamParams(learning_rate=1e-4))
-        store.restore("m", store.export("m"), with_optimizer=True)
-        lab.run(trainer, random_request("m", "ppo", [40, 40], 0))
-        for index in range(store.max_resident):
-            store.create(f"other {index}", LoraConfig(4, index))  # "m" is parked, with gradients
-        lab.run(trainer, random_request("m", "ppo", [40, 40], 0))
-        trainer.optim_step("m", AdamParams(learning_rate=1e-4))
-    assert not compiled
-    assert len(all_shapes(Limits(64, 0, 64), longest=64)) == 3
 
 
 def test_metrics_say_what_was_achieved(lab: Lab, caplog: pytest.LogCaptureFixture):

@@ -422,9 +422,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
             )
-            ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
-            log.info("ready")
-            engine.run(stopping.is_set)
+            if config.warmup:
+                startup.warm_up(ready.worker, ready.registration, stopping.is_set)
+            if not stopping.is_set():
+                ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
+                log.info("ready")
+                engine.run(stopping.is_set)
             log.info("stopped")
     except StartupError as error:
         fail(error)

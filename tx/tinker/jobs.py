@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, cast
 
-from sqlalchemy import CursorResult, and_, case, delete, func, or_, text, update
+from sqlalchemy import CursorResult, and_, bindparam, case, delete, func, insert, or_, text, update
 from sqlalchemy import select as select_columns
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
@@ -29,7 +30,7 @@ from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
 from tx.tinker.db import Cancellation, Checkpoint, Job, Sampler, Session, now, reading, writing
-from tx.tinker.notify import ChangeSignal
+from tx.tinker.notify import ChangeSignal, Topic
 
 JOB_KINDS = (
     "create_model",
@@ -134,7 +135,9 @@ class JobTable:
                 # Another API process appended the same request between our look and our insert: look again.
                 if attempt == 4:
                     raise
-        self._announce()
+        self._announce("appended", "finished") if any(job.error is not None for job in jobs) else self._announce(
+            "appended"
+        )
         return answers
 
     def claim(
@@ -144,23 +147,15 @@ class JobTable:
 
         ``in_turn``: the oldest of each session, then the second of each, and so on. This looks at all that is pending.
         """
-        pending = select(Job.request_id).where(Job.status == "pending", Job.base_model == base_model)
-        if kinds is not None:
-            pending = pending.where(col(Job.kind).in_(kinds))
+        any_pending, chosen = _queries_of_claim(kinds is not None, in_turn)
+        given = {"base_model": base_model, "limit": limit, "kinds": list(kinds or ())}
         with reading(self._db) as session:
-            if session.exec(pending.limit(1)).first() is None:
+            if session.connection().execute(any_pending, given).first() is None:
                 return []  # the usual answer while idle: no write transaction for it
         with writing(self._db) as session:
-            chosen = pending.order_by(col(Job.request_id)).limit(limit)
-            if in_turn:
-                turn = func.row_number().over(partition_by=col(Job.session_id), order_by=col(Job.request_id))
-                ranked = pending.add_columns(turn.label("turn")).subquery().c
-                first = select_columns(ranked.request_id).order_by(ranked.turn, ranked.request_id).limit(limit)
-                chosen = pending.where(col(Job.request_id).in_(first))
-            ids = session.exec(chosen.with_for_update(skip_locked=True)).all()
-            session.exec(update(Job).where(col(Job.request_id).in_(ids)).values(status="running", claimed_at=now()))
-            claimed = session.exec(select(Job).where(col(Job.request_id).in_(ids)).order_by(col(Job.request_id)))
-            return list(claimed.all())
+            ids = session.connection().execute(chosen, given).scalars().all()
+            claimed = session.connection().execute(_CLAIM, {"ids": ids, "time": now()})
+            return sorted((Job(**row) for row in claimed.mappings()), key=lambda job: cast(int, job.request_id))
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Write results and their rows durably, in one transaction; finished jobs keep their first outcome."""
@@ -173,7 +168,7 @@ class JobTable:
                 if finished:
                     for row in outcome.rows:
                         session.merge(row)
-        self._announce()
+        self._announce("finished")
 
     def fail(self, request_id: int, error: str, category: Category, rows: Sequence[SQLModel] = ()) -> None:
         """Finish a job without a result; ``error`` is shown to the client."""
@@ -182,7 +177,7 @@ class JobTable:
             if _finish(session, request_id, status="failed", error=error, category=category):
                 for row in rows:
                     session.merge(row)
-        self._announce()
+        self._announce("finished")
 
     def cancel(self, *request_ids: int, error: str = CANCELLED) -> int:
         """Fail those that can still be cancelled (see the module's docstring); how many that were."""
@@ -191,14 +186,13 @@ class JobTable:
             with writing(self._db) as session:
                 _take_turns(session)
                 count += sum(_cancel(session, request_id, error) for request_id in chunk)
-            self._announce()
+            self._announce("appended", "finished")  # the engine lets go of what it has
         return count
 
     def take_cancelled(self, base_model: str) -> list[int]:
         """The jobs that were cancelled while the engine of this base model had them; each is handed out once."""
-        query = select(Cancellation.request_id).where(Cancellation.base_model == base_model)
         with reading(self._db) as session:
-            ids = list(session.exec(query).all())
+            ids = list(session.connection().execute(_CANCELLED, {"base_model": base_model}).scalars())
         for chunk in _chunks(ids):
             with writing(self._db) as session:
                 session.exec(delete(Cancellation).where(col(Cancellation.request_id).in_(chunk)))
@@ -216,7 +210,7 @@ class JobTable:
         with writing(self._db) as session:
             statement = update(Job).where(col(Job.status) == "running", col(Job.base_model) == base_model)
             count = _rows(session, statement.values(status="pending", claimed_at=None, started_at=None))
-        self._announce()
+        self._announce("appended")
         return count
 
     def finished_ids(self, request_ids: Collection[int]) -> set[int]:
@@ -224,10 +218,7 @@ class JobTable:
         found: set[int] = set()
         with reading(self._db) as session:
             for chunk in _chunks(request_ids):
-                query = select(Job.request_id).where(
-                    col(Job.request_id).in_(chunk), col(Job.status).in_(("done", "failed"))
-                )
-                found.update(cast(Iterable[int], session.exec(query).all()))
+                found.update(session.connection().execute(_FINISHED, {"ids": chunk}).scalars())
         return found
 
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
@@ -326,9 +317,68 @@ class JobTable:
             )
         return results + payloads
 
-    def _announce(self) -> None:
+    def _announce(self, *topics: Topic) -> None:
         if self._signal is not None:
-            self._signal.announce()
+            self._signal.announce(*topics)
+
+
+# ---- statements -----------------------------------------------------------------------------------------------------
+# The hot ones, made once: putting one together takes SQLAlchemy longer than the database takes to run it. They run on
+# the session's connection, past the ORM, for the same reason.
+
+_JOB = SQLModel.metadata.tables[str(Job.__tablename__)].c
+_IDS = _JOB.request_id.in_(bindparam("ids", expanding=True))
+
+_COPIED = (
+    "kind", "session_id", "base_model", "model_id", "sampler_id", "seq_id", "payload", "payload_type",
+    "payload_encoding", "fingerprint", "tokens_in", "num_sequences",
+)  # fmt: skip
+"""Columns that a new job's row takes from ``NewJob``."""
+
+_INSERT = insert(_JOB.request_id.table)
+
+_FIRST = select_columns(_JOB.request_id, _JOB.kind, _JOB.fingerprint).where(_JOB.seq_id == bindparam("seq_id"))
+_FIRST_OF_MODEL = _FIRST.where(_JOB.model_id == bindparam("owner"))
+_FIRST_OF_SAMPLER = _FIRST.where(_JOB.sampler_id == bindparam("owner"))
+
+_CLAIM = update(_JOB.request_id.table).where(_IDS)
+_CLAIM = _CLAIM.values(status="running", claimed_at=bindparam("time")).returning(_JOB.request_id.table)
+
+_FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done", "failed")))
+
+_CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
+
+
+@cache
+def _queries_of_claim(some_kinds: bool, in_turn: bool) -> tuple[Any, Any]:
+    """Whether anything may be claimed, and the ids of what is."""
+    pending = select_columns(_JOB.request_id).where(
+        _JOB.status == "pending", _JOB.base_model == bindparam("base_model")
+    )
+    if some_kinds:
+        pending = pending.where(_JOB.kind.in_(bindparam("kinds", expanding=True)))
+    limit: Any = bindparam("limit")
+    chosen = pending.order_by(_JOB.request_id).limit(limit)
+    if in_turn:
+        turn = func.row_number().over(partition_by=_JOB.session_id, order_by=_JOB.request_id)
+        ranked = pending.add_columns(turn.label("turn")).subquery().c
+        first = select_columns(ranked.request_id).order_by(ranked.turn, ranked.request_id).limit(limit)
+        chosen = pending.where(_JOB.request_id.in_(first))
+    return pending.limit(1), chosen.with_for_update(skip_locked=True)
+
+
+def _finish_statement() -> Any:
+    other = aliased(Job)
+    following = select_columns(func.coalesce(func.max(col(other.finish_seq)), 0) + 1).where(
+        col(other.sampler_id) == _JOB.sampler_id
+    )
+    finish_seq = case((_JOB.sampler_id.is_not(None), following.correlate(_JOB.request_id.table).scalar_subquery()))
+    still = _JOB.status.in_(bindparam("still", expanding=True))
+    return update(_JOB.request_id.table).where(_JOB.request_id == bindparam("id"), still).values(finish_seq=finish_seq)
+
+
+_FINISH = _finish_statement()
+"""Sets also the columns that it is given values of."""
 
 
 class _Queue:
@@ -380,36 +430,23 @@ def _append_one(session: DbSession, new: NewJob, queue: _Queue) -> Appended | In
             return InvalidInput("sampling_session_seq_id", row.seq, "a number that this session has not used yet")
         session.merge(row)
     created = now()
-    job = Job(
-        kind=new.kind,
-        session_id=new.session_id,
-        base_model=new.base_model,
-        model_id=new.model_id,
-        sampler_id=new.sampler_id,
-        seq_id=new.seq_id,
-        payload=new.payload,
-        payload_type=new.payload_type,
-        payload_encoding=new.payload_encoding,
-        fingerprint=new.fingerprint,
-        tokens_in=new.tokens_in,
-        num_sequences=new.num_sequences,
-        created_at=created,
-    )
+    values: dict[str, Any] = {name: getattr(new, name) for name in _COPIED}
+    values.update(status="pending", created_at=created, tokens_out=0)
     if new.error is not None:
-        job.status, job.error, job.category, job.finished_at = "failed", new.error, "user", created
-    session.add(job)
-    session.flush()  # gives the row its id, and lets the next of this batch find it
-    return Appended(cast(int, job.request_id), created=True)
+        values.update(status="failed", error=new.error, category="user", finished_at=created)
+    # At once: it gives the row its id, and lets the next of this batch find it.
+    inserted = session.connection().execute(_INSERT, values).inserted_primary_key
+    assert inserted is not None  # of a single row there is one
+    return Appended(cast(int, inserted[0]), created=True)
 
 
-def _first_row(session: DbSession, new: NewJob) -> Job | None:
-    """The job that already has this seq, if any: a retry must not train twice."""
+def _first_row(session: DbSession, new: NewJob) -> Any:
+    """(request_id, kind, fingerprint) of the job that already has this seq, if any: a retry must not train twice."""
     if new.seq_id is None:
         return None
-    if new.model_id is not None:
-        return session.exec(select(Job).where(Job.model_id == new.model_id, Job.seq_id == new.seq_id)).first()
-    if new.sampler_id is not None:
-        return session.exec(select(Job).where(Job.sampler_id == new.sampler_id, Job.seq_id == new.seq_id)).first()
+    for query, owner in ((_FIRST_OF_MODEL, new.model_id), (_FIRST_OF_SAMPLER, new.sampler_id)):
+        if owner is not None:
+            return session.connection().execute(query, {"owner": owner, "seq_id": new.seq_id}).first()
     return None
 
 
@@ -420,11 +457,8 @@ def _take_turns(session: DbSession) -> None:
 
 
 def _finish(session: DbSession, request_id: int, still: tuple[str, ...] = _UNFINISHED, **values: Any) -> bool:
-    other = aliased(Job)
-    following = select(func.coalesce(func.max(other.finish_seq), 0) + 1).where(other.sampler_id == Job.sampler_id)
-    finish_seq = case((col(Job.sampler_id).is_not(None), following.correlate(Job).scalar_subquery()))
-    statement = update(Job).where(col(Job.request_id) == request_id, col(Job.status).in_(still))
-    return _rows(session, statement.values(finished_at=now(), finish_seq=finish_seq, **values)) == 1
+    given = {"id": request_id, "still": still, "finished_at": now(), **values}
+    return session.connection().execute(_FINISH, given).rowcount == 1
 
 
 def _cancel(session: DbSession, request_id: int, error: str) -> bool:

@@ -76,7 +76,7 @@ class Service:
         self.config = config
         self.db = db
         self.engine_process = engine_process
-        self._signals = [ChangeSignal(config.resolved_database_url) for _ in range(2)]
+        self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
         self._clock = clock
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection
+from typing import cast
 
+from sqlalchemy import bindparam
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, or_, select
@@ -19,6 +21,13 @@ from tx.tinker.wire import paths
 EXPIRED_AFTER_S = 120.0
 """A client sends a heartbeat every 10 s and warns its user when none has got through for so long (protocol §2.1).
 A session without one for so long has expired; it still takes requests."""
+
+# Made once: every request of a model asks, and to put it together would take twice as long as to run it.
+_MODEL_AND_SESSION = (
+    select(Model, Session)
+    .join(Session, col(Session.session_id) == col(Model.session_id), isouter=True)
+    .where(col(Model.model_id) == bindparam("model_id"))
+)
 
 
 class Sessions:
@@ -83,9 +92,14 @@ class Sessions:
 
     def model_for_work(self, model_id: str) -> Model:
         """A model that still takes jobs."""
-        model = self.model(model_id)
-        self._require_open(model.session_id)
-        return model
+        with reading(self._db) as db:
+            found = db.execute(_MODEL_AND_SESSION, {"model_id": model_id}).first()
+        if found is None:
+            raise NotFound("model_id", model_id, "a model of this server")
+        model, session = found
+        if session is not None:
+            _open(session)
+        return cast(Model, model)
 
     def idle_models(self, model_ids: Collection[str], before: float) -> list[str]:
         """Those of these models whose session has finished, or has had no heartbeat since then."""

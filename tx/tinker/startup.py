@@ -58,7 +58,7 @@ def start(config: TxConfig) -> Iterator[Ready]:
         worker = _load(config, registration)
         folders = CheckpointFolders(config.checkpoints_folder)
         folders.sweep()
-        yield Ready(db, ChangeSignal(config.resolved_database_url), worker, folders, registration)
+        yield Ready(db, ChangeSignal(config.resolved_database_url, ("appended",)), worker, folders, registration)
     except StartupError as error:
         registration.close("failed", str(error))
         raise
@@ -93,6 +93,22 @@ def stop_signals() -> threading.Event:
         parent = (int(descriptor),)
         threading.Thread(target=watch, args=parent, kwargs={"until_end": True}, name="parent", daemon=True).start()
     return stop
+
+
+def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], bool]) -> None:
+    """Run the worker's warm-up, saying how far it is; a step that fails is left to whoever needs it."""
+    began, steps = time.monotonic(), worker.warm_up()
+    for number, step in enumerate(steps, 1):
+        if stopping():
+            return
+        registration.update("starting", f"warming up: {number} of {len(steps)}, {step.name}")
+        step_began = time.monotonic()
+        try:
+            step.run()
+        except Exception as error:
+            log.warning("warming up, %s failed: %s", step.name, error)
+        log.info("warming up: %d of %d, %s, %.1f s", number, len(steps), step.name, time.monotonic() - step_began)
+    log.info("warmed up in %.0f s", time.monotonic() - began)
 
 
 def _load(config: TxConfig, registration: Registration) -> Worker:
@@ -138,8 +154,8 @@ def _load(config: TxConfig, registration: Registration) -> Worker:
 def _use_compile_cache(config: TxConfig) -> None:
     config.compile_cache_folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(config.compile_cache_folder))
-    # The default keeps only what took a second: on CPU most programs of a small model take less, and add up.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # All of them: the default keeps only what took a second to compile, but most take less, and add up.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

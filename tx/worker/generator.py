@@ -33,7 +33,7 @@ from tx.errors import InvalidInput
 from tx.layers import kv_cache
 from tx.layers.kv_cache import BLOCK, KVBlocks
 from tx.models.loading import LoadedModel
-from tx.types import Finished, SampleRequest
+from tx.types import Finished, SampleRequest, SamplingParams
 from tx.worker import programs
 from tx.worker.block_table import BlockTable
 from tx.worker.decode_slots import DecodeSlots, Seat, Size, Sizes, bucket_blocks, bucket_rows
@@ -44,6 +44,9 @@ from tx.worker.snapshots import LiveAdapters, Snapshot
 from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
+
+_USUAL_ROWS, _USUAL_TOKENS = 16, 256
+"""What warm-up prepares for: so many sequences at once, each of so many tokens."""
 
 _MIN_TOPK = 8
 """Decoding with the most likely tokens is compiled for powers of two from here."""
@@ -324,6 +327,49 @@ class Generator:
             rows.owner[held] = row
             rows.start[held] = BLOCK * np.arange(len(held), dtype=np.int32)
         return jax.tree.map(jnp.asarray, rows)
+
+    # ---- warm-up: see tx.worker.warm_up ---------------------------------------------------------------------------
+
+    @property
+    def usual_rows(self) -> list[int]:
+        """Sizes of the decode batch for up to ``_USUAL_ROWS`` sequences."""
+        return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, min(_USUAL_ROWS, self._max_slots) + 1)})
+
+    @property
+    def usual_prompts(self) -> list[tuple[int, int]]:
+        """Rows and padded lengths of the prefill programs for prompts of up to ``_USUAL_TOKENS`` tokens."""
+        return self._prefill.sizes_up_to(min(_USUAL_TOKENS, self._max_context - 1))
+
+    def rehearse_prompts(self, rows: int, length: int, snapshot: Snapshot | None) -> None:
+        """Compile the prefill of so many prompts of this padded length."""
+        jax.block_until_ready(self._prefill.compute(snapshot, np.zeros((rows, length), np.int32), 0, None, False))
+
+    def rehearse_decoding(self, rows: int, snapshot: Snapshot | None) -> None:
+        """Decode so many rows of a few tokens, twice: the second time shows what a step takes without compiling."""
+        params = SamplingParams(max_tokens=self._slice_tokens + 1, stop_on_eos=False)
+        request = SampleRequest(np.zeros(1, np.int32), rows, params)
+        for _ in range(2):
+            self.submit(-1, request, snapshot)
+            while self.has_work:
+                for finished in self.slice():
+                    if finished.error is not None:
+                        raise finished.error
+
+    def rehearse_copies(self) -> None:
+        """Compile the copying of blocks between all usual sizes of pools, and from fresh prompts into them."""
+        pools = {bucket_blocks(0, rows, self._max_blocks) for rows in self.usual_rows}
+        prompts = {rows * kv_cache.num_blocks(length) for rows, length in self.usual_prompts}
+        empty = lambda size: kv_cache.empty(self._model.config, size, self._model.dtype, self._model.mesh)
+        for size in sorted(pools):
+            for source in sorted(pools | prompts):
+                copy_to(empty(size), [(empty(source), 0)], [0])
+
+    def forget(self) -> None:
+        """Give back the memory of recent prompts and, while nothing decodes, of the pool."""
+        self._prefill.forget()
+        self._adapters = LiveAdapters()
+        if not self._slots.seats:
+            self._pool, self._table, self._size = None, BlockTable(), (1, 0)
 
     # ---- failures -------------------------------------------------------------------------------------------------
 

@@ -120,8 +120,8 @@ class Prefill:
         alike are better run one after the other.
         """
         padded = self._padded(len(group.prompt) - 1)
-        most = self.sizes.together // padded
-        if most < 2 or most * kv_cache.num_blocks(padded) > self._remembered_blocks or not self._runs_whole(group):
+        most = self._rows_together(padded)
+        if most < 2 or not self._runs_whole(group):
             return [group]
         chosen = {_key(group): group}
         for other in others:
@@ -133,6 +133,11 @@ class Prefill:
                     continue
                 chosen[_key(other)] = other
         return list(chosen.values()) if 2 * len(chosen) > most else [group]
+
+    def _rows_together(self, padded: int) -> int:
+        """Prompts of this padded length that run, and can be remembered, together."""
+        rows = max(1, self.sizes.together // padded)
+        return rows if rows * kv_cache.num_blocks(padded) <= self._remembered_blocks else 1
 
     def _runs_whole(self, group: Group) -> bool:
         """One fresh program does it: short, nothing to share, nothing to score."""
@@ -213,18 +218,30 @@ class Prefill:
         return copy_to(pool, fresh, targets)
 
     def _run(self, group: Group, tokens: np.ndarray, start: int, earlier: KVBlocks | None) -> KVBlocks:
-        blocks, hidden = programs.prefill(
+        blocks, hidden = self.compute(group.snapshot, tokens, start, earlier, group.scoring is not None)
+        if hidden is not None:
+            self._score(group, hidden, start, min(tokens.shape[1], len(group.prompt) - 1 - start))
+        return blocks
+
+    def compute(
+        self, snapshot: Snapshot | None, tokens: np.ndarray, start: int, earlier: KVBlocks | None, keep_hidden: bool
+    ) -> tuple[KVBlocks, jax.Array | None]:
+        """The prefill program on int32 [row, seq] tokens; remembers nothing."""
+        return programs.prefill(
             self._model.graphdef,
             self._model.weights,
             jnp.asarray(tokens),
             earlier,
             jnp.int32(start),
-            self._view(group.snapshot),
-            keep_hidden=group.scoring is not None,
+            self._view(snapshot),
+            keep_hidden=keep_hidden,
         )
-        if hidden is not None:
-            self._score(group, hidden, start, min(tokens.shape[1], len(group.prompt) - 1 - start))
-        return blocks
+
+    def sizes_up_to(self, num_tokens: int) -> list[tuple[int, int]]:
+        """(rows, padded length) of every program for whole prompts of up to so many tokens."""
+        lengths = sorted({self._padded(length) for length in range(1, min(num_tokens, self.sizes.piece))})
+        together = [(self._rows_together(length), length) for length in lengths]
+        return [*((1, length) for length in lengths), *((rows, length) for rows, length in together if rows > 1)]
 
     def _score(self, group: Group, hidden: jax.Array, start: int, count: int) -> None:
         """Score ``count`` hidden states, which stand at ``start``, in pieces of one size whatever there are."""

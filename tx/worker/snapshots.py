@@ -99,9 +99,11 @@ class SnapshotStore:
         self._parked.pop(snapshot_id, None)
 
     def _keep(self, snapshot_id: str, adapter: Adapter, lora: LoraConfig) -> None:
-        copy, finite = _frozen_copy(adapter, self._model.dtype)
-        if not finite:
+        parts = [_frozen_copy(sites, self._model.dtype) for sites in (*adapter.layers, adapter.unembed)]
+        if not all(jax.device_get([finite for _, finite in parts])):
             raise InvalidInput("weights", "a weight that is not finite", "finite weights (did training diverge?)")
+        *layers, unembed = (part for part, _ in parts)
+        copy = Adapter(tuple(layers), unembed)
         rank, width = _columns(copy)
         of_experts = expert_rank(lora.rank, self._model.config.num_experts_per_tok)
         self.drop(snapshot_id)
@@ -176,11 +178,14 @@ def _columns(adapter: Adapter) -> tuple[int, int]:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _frozen_copy(adapter: Adapter, dtype: Any) -> tuple[Adapter, Any]:
-    """Fresh buffers in ``dtype``, and whether every weight is finite in it."""
+def _frozen_copy(sites: Any, dtype: Any) -> tuple[Any, Any]:
+    """Fresh buffers in ``dtype``, and whether every weight is finite in it.
+
+    For one layer at a time, whose program serves all layers: for the whole adapter it takes a second to compile.
+    """
     # copy=True: without it an array that already has the dtype would come back as the very buffer that training owns.
-    cast = jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), adapter)
-    return cast, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(cast)]).all()
+    cast = jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), sites)
+    return cast, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(cast)] or [jnp.array(True)]).all()
 
 
 def _blank(adapters: Sequence[Adapter], rank: int, expert_rank: int) -> Adapter:

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 from tx.errors import InvalidInput, ModelLost
 from tx.layers.lora import Adapter
 from tx.models.loading import LoadedModel
-from tx.types import AdamParams, Datum, Finished, ForwardBackward, ForwardBackwardResult, LoraConfig
+from tx.types import AdamParams, Finished, ForwardBackward, ForwardBackwardResult
 from tx.worker import datums, memory, optimizer
 from tx.worker.adapters import AdapterStore, Ranks, TrainingState
 from tx.worker.datums import Given
@@ -205,34 +205,10 @@ class Trainer:
         self._store.replace(model_id, TrainingState(weights, mu, nu, None, state.step + 1))
         return metrics
 
-    def warm_up(self, ranks: Sequence[int]) -> Iterator[str]:
-        """Compile every usual shape at these ranks, saying before each which; leaves nothing behind.
-
-        Usual are one target per position and datums up to the token budget: longer ones have few programs each.
-        """
-        shapes = all_shapes(self._limits, longest=self._limits.tokens)
-        for rank in ranks:
-            model_id = f"warm-up at rank {rank}"
-            self._store.create(model_id, LoraConfig(rank, 0))
-            if rank == ranks[0]:
-                for shape in shapes:
-                    yield f"forward of the base model, {shape.rows} x {shape.length}"
-                    self._rehearse(model_id, shape, forward_only=True)
-            yield f"optimizer step at rank {rank}"
-            self.optim_step(model_id, AdamParams(learning_rate=0.0))  # it is an adapter from now on, if of zeros
-            for shape in shapes:
-                yield f"training, {shape.rows} x {shape.length} at rank {rank}"
-                for forward_only in (True, False):
-                    self._rehearse(model_id, shape, forward_only)
-            self._store.drop(model_id)
-
-    def _rehearse(self, model_id: str, shape: Shape, forward_only: bool) -> None:
-        tokens = np.zeros(shape.length, np.int32)
-        inputs = {"target_tokens": tokens, "weights": np.ones(shape.length, np.float32)}
-        data = (Datum(tokens, inputs),) * shape.rows
-        self.submit(0, ForwardBackward(model_id, 0, data, "cross_entropy", {}, forward_only))
-        while model_id in self._turns:
-            self.slice()
+    @property
+    def usual_shapes(self) -> list[Shape]:
+        """Of data up to the token budget with one target per position; longer ones have few programs each."""
+        return all_shapes(self._limits, longest=self._limits.tokens)
 
     # ---- passes -----------------------------------------------------------------------------------------------
 
@@ -480,15 +456,9 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
+@partial(jax.jit, keep_unused=True)  # placed as its argument: elsewhere, whoever adds to it is compiled twice
 def _zeros(like: Adapter) -> Adapter:
-    """In the places of ``like``: the same place under another spelling would compile every program again."""
-    leaves, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, _zeros_at(leaves, tuple(leaf.sharding for leaf in leaves)))
-
-
-@partial(jax.jit, static_argnums=1)
-def _zeros_at(like: list[jax.Array], places: tuple[jax.sharding.Sharding, ...]) -> list[jax.Array]:
-    return [jax.lax.with_sharding_constraint(jnp.zeros_like(x), at) for x, at in zip(like, places, strict=True)]
+    return jax.tree.map(jnp.zeros_like, like)
 
 
 @partial(jax.jit, donate_argnums=(1,))

@@ -29,6 +29,7 @@ from tx.worker.mesh import make_mesh
 from tx.worker.parking import Parking
 from tx.worker.snapshots import SnapshotStore
 from tx.worker.trainer import Trainer
+from tx.worker.warm_up import Step, WarmUp, usual_ranks
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +274,14 @@ class Worker:
     def sample_slice(self) -> list[types.Finished]:
         """Run one prefill batch or one decode slice; the requests that it finished."""
         return self._generator.slice()
+
+    # ---- warm-up ----------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> list[Step]:
+        """What compiles every usual program, step by step (``tx.worker.warm_up``), before there is any work."""
+        return WarmUp(self._trainer, self._adapters, self._snapshots, self._generator).steps(
+            usual_ranks(self._max_rank)
+        )
 
     # ---- checks -----------------------------------------------------------------------------------------------
 

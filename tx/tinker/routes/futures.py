@@ -39,14 +39,17 @@ async def retrieve_future(
         job = api.jobs.get(request_id)
         return job is None or job.status in _FINISHED
 
+    def answer() -> Response:
+        if job is not None and job.status not in _FINISHED:
+            is_finished()  # as it is now, not as it was before the wait
+        if job is None:
+            raise NotFound("request_id", request.request_id, "a request of this server")
+        if job.status not in _FINISHED:
+            return _try_again(api, job)
+        return _answer(job, compat.accepts_protobuf(http.headers))
+
     await api.watcher.wait(request_id, HOLD_S, is_finished)
-    if job is not None and job.status not in _FINISHED:
-        await run_in_threadpool(is_finished)  # as it is now, not as it was before the wait
-    if job is None:
-        raise NotFound("request_id", request.request_id, "a request of this server")
-    if job.status not in _FINISHED:
-        return await run_in_threadpool(_try_again, api, job)
-    return await run_in_threadpool(_answer, job, compat.accepts_protobuf(http.headers))
+    return await run_in_threadpool(answer)
 
 
 @router.post("/retrieve_futures", response_model_exclude_none=True)
