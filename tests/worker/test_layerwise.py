@@ -139,22 +139,19 @@ def test_accumulators_are_consumed_and_weights_are_not(dense: LoadedModel):
 
 
 def test_between_the_passes_live_the_kept_values_alone(dense: LoadedModel):
-    """Weights and adapters are there as what they are, not as copies; the rest is what ``memory`` counts."""
+    """No copies of weights, adapters or the layer's input, which are there anyway: what ``memory`` counts."""
     adapter, layerwise, config = run.seeded_adapter(dense), Layerwise(dense, chunk=8, packed=True), dense.config
-    pulls, inputs = [], []
+    kept = []
     for programs, weights in layerwise._layers:
         x = jnp.ones((SHAPE.rows, SHAPE.length, config.hidden_size))
         positions = jnp.zeros((SHAPE.rows, SHAPE.length), jnp.int32)
         rope = nnx.merge(dense.graphdef, dense.weights).embed(positions, positions)[1]
         rest = (rope, positions, None, *(jnp.asarray(gate) for gate in (trained(adapter).gate, np.ones((1, 2)))))
         given = (weights, (adapter.layers[0],), x, *rest)
-        pulls.append(programs.keep(*given)[1])
-        inputs.append(given)
-    given = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(inputs)}
-    own = [leaf for leaf in jax.tree.leaves(pulls) if leaf.unsafe_buffer_pointer() not in given]
+        kept.append(programs.keep(*given)[1])
     entering = config.num_layers * config.hidden_size * 4  # a layer's input, which the caller has
     wanted = SHAPE.num_tokens * (memory.kept_bytes_per_token(config, np.float32) - entering)
-    assert sum(leaf.nbytes for leaf in own) == wanted
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) == wanted
 
 
 @pytest.mark.parametrize("where", ["a layer", "the head"])
@@ -168,7 +165,7 @@ def test_gradients_that_are_not_finite_are_told(dense: LoadedModel, where: str):
     assert not layerwise.forward_backward(trained(adapter), (sums,), host(), keep=True).finite
 
 
-# ---- on a mesh --------------------------------------------------------------------------------------------------------
+# ---- on a mesh ------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import json, sys
