@@ -95,7 +95,8 @@ def test_a_datum_that_never_fits_fails_instead_of_going_round(
 def test_layers_are_computed_twice_after_one_failure_on_any_mesh(model: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     """What was kept on each of two devices is too much from then on: half of it is the new limit."""
     trainer = unpacked(model, monkeypatch)
-    trainer._model = replace(model, mesh=SimpleNamespace(shape={"data": 2, "fsdp": 1}))
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 1})
+    trainer._model = SimpleNamespace(config=model.config, dtype=model.dtype, mesh=mesh)
     shape = Shape(2, 32, 1)
     assert trainer._keeps(shape)
     (batch,) = plan([Piece(1, 32, 0, 0), Piece(1, 30, 0, 1)], trainer._limits)
