@@ -1,9 +1,12 @@
 """``tx.worker.memory``: what is left, what of it is taken, what is refused."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tx.errors import StartupError
+from tx.models.loading import read_config
 from tx.worker import memory
 
 CPU = jax.devices("cpu")[0]
@@ -62,3 +65,27 @@ def test_parked_adapters_get_what_is_asked_for_or_a_share_of_what_is_left(tmp_pa
     assert memory.parked_bytes(600_000) == 600_000
     with pytest.raises(StartupError, match="--parked-adapters-memory 600001: the machine has 600000 bytes left"):
         memory.parked_bytes(600_001)
+
+
+def test_a_share_for_activations():
+    assert memory.activation_bytes(Accelerator({"bytes_limit": 80_000, "bytes_in_use": 20_000})) == 18_000
+    assert memory.activation_bytes(Accelerator(None)) is None
+    assert 0 < memory.activation_bytes(CPU) <= memory.free_bytes(CPU) // 3
+
+
+def test_kept_bytes_of_a_token(tiny_qwen3, tiny_qwen3_moe):
+    """embed 64, 4 and 2 heads of 16, ffn 128, 2 layers: its input and the residual stream, q, k, v and what attention
+    gives, gate and up; of experts nothing. (Against real arrays: test_layerwise.)
+    """
+    attention = 2 * 64 + (64 + 32 + 32 + 64)
+    assert memory.kept_bytes_per_token(read_config(tiny_qwen3), np.float32) == 2 * (attention + 2 * 128) * 4
+    assert memory.kept_bytes_per_token(read_config(tiny_qwen3), jnp.bfloat16) == 2 * (attention + 2 * 128) * 2
+    assert memory.kept_bytes_per_token(read_config(tiny_qwen3_moe), np.float32) == 2 * attention * 4
+
+
+@pytest.mark.parametrize(
+    ("room", "tokens"), [(None, 8192), (8192 * 10, 8192), (8192 * 10 - 1, 4096), (1024 * 10, 1024), (0, 512)]
+)
+def test_tokens_of_a_micro_batch(room, tokens):
+    """Halved until 10 bytes per token fit, but not below 512."""
+    assert memory.micro_batch_tokens(8192, 512, 10, room) == tokens

@@ -13,7 +13,7 @@ One adapter's rows are plain products. Several adapters are one row each (``tx.l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -104,11 +104,12 @@ class Layerwise:
         saved: list[Any] = []
         for index, (programs, weights) in enumerate(self._layers):
             if keep:
-                x, pull = programs.keep(weights, _sites(trained, index), x, *rest)
-                saved.append(pull)
+                y, kept = programs.keep(weights, _sites(trained, index), x, *rest)
+                saved.append((x, kept))
             else:
-                saved.append(x)
-                x = programs.forward(weights, _sites(trained, index), x, *rest)
+                y = programs.forward(weights, _sites(trained, index), x, *rest)
+                saved.append((x, None))
+            x = y
         sums_of_head = None if accumulators is None else tuple(adapter.unembed for adapter in accumulators)
         dx, of_head, logprobs, losses, finite = self._ends.gradient(
             self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
@@ -117,10 +118,11 @@ class Layerwise:
         for index in reversed(range(len(self._layers))):
             programs, weights = self._layers[index]
             sums = None if accumulators is None else tuple(adapter.layers[index] for adapter in accumulators)
+            entered, kept = saved.pop()
+            inputs = (weights, _sites(trained, index), entered, *rest)
             if keep:
-                dx, sums, finite = programs.backward(saved.pop(), dx, sums, finite)
+                dx, sums, finite = programs.backward(inputs, kept, dx, sums, finite)
             else:
-                inputs = (weights, _sites(trained, index), saved.pop(), *rest)
                 dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)
             layers.append(sums)
         gradients = tuple(
@@ -152,6 +154,24 @@ def _unembeds(trained: Trained) -> tuple[LoraWeights | None, ...]:
 # ---- a layer --------------------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer's backward pass needs besides the layer's inputs.
+
+    Those are left out: what a program returns is always a new array, and the weights would be there twice.
+
+    Attributes:
+        values: arrays of the pull-back's leaves that are not inputs.
+        places: of each leaf, which of the inputs' leaves it is, or -1.
+        tree: the pull-back's structure.
+    """
+
+    values: list[Any]
+    places: tuple[int, ...] = field(metadata={"static": True})
+    tree: Any = field(metadata={"static": True})
+
+
 @dataclass(frozen=True)
 class _LayerPrograms:
     forward: Callable[..., Any]
@@ -176,7 +196,16 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
 
     def keep(*inputs: Any) -> tuple[Any, Any]:
         policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-        return pulled(jax.checkpoint(layer, policy=policy), *inputs)
+        y, pull = pulled(jax.checkpoint(layer, policy=policy), *inputs)
+        leaves, tree = jax.tree.flatten(pull)
+        known = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(inputs))}
+        places = tuple(known.get(id(leaf), -1) for leaf in leaves)
+        return y, _Kept([leaf for leaf, place in zip(leaves, places, strict=True) if place < 0], places, tree)
+
+    def add_kept(inputs: Any, kept: _Kept, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
+        given, own = jax.tree.leaves(inputs), iter(kept.values)
+        leaves = [given[place] if place >= 0 else next(own) for place in kept.places]
+        return add(jax.tree.unflatten(kept.tree, leaves), dx, sums, finite)
 
     def add(pull: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         gradients, dx = pull(dx)
@@ -189,7 +218,7 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
     return _LayerPrograms(
         forward=jax.jit(layer),
         keep=jax.jit(keep),
-        backward=jax.jit(add, donate_argnums=2),
+        backward=jax.jit(add_kept, donate_argnums=3),
         backward_again=jax.jit(add_again, donate_argnums=2),
     )
 
