@@ -23,7 +23,7 @@ from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
 from tx.worker.parking import Parking
-from tx.worker.shapes import power_of_two
+from tx.worker.shapes import padded_rank, power_of_two
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Ranks:
     @property
     def padded(self) -> tuple[int, int]:
         """(dense, expert) columns of the arrays."""
-        return power_of_two(self.dense), power_of_two(self.expert)
+        return padded_rank(self.dense), power_of_two(self.expert)
 
 
 def ranks(lora: LoraConfig, num_experts_per_tok: int) -> Ranks:
@@ -252,7 +252,8 @@ class AdapterStore:
     def _padded(self, arrays: Mapping[str, np.ndarray], lora: LoraConfig) -> Adapter:
         def pad(site: LoraSite) -> LoraWeights:
             a, b = arrays[site.name + ".lora_A"], arrays[site.name + ".lora_B"]
-            extra = power_of_two(a.shape[-1]) - a.shape[-1]
+            rank = a.shape[-1]
+            extra = (padded_rank(rank) if site.num_experts is None else power_of_two(rank)) - rank
             lead = [(0, 0)] * (a.ndim - 2)
             return LoraWeights(np.pad(a, [*lead, (0, 0), (0, extra)]), np.pad(b, [*lead, (0, extra), (0, 0)]))
 

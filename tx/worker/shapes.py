@@ -57,6 +57,15 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
+def padded_rank(rank: int) -> int:
+    """Columns of a dense site's arrays: a power of two, at least 2.
+
+    A product with one column is a matrix-vector product, which XLA computes far slower on a CPU than one with two (a
+    layer of SmolLM2 takes a tenth longer).
+    """
+    return power_of_two(max(2, rank))
+
+
 def lengths(max_context: int) -> Iterator[int]:
     """Every padded length, ascending; the last is ``max_context`` itself."""
     length = SHORTEST

@@ -25,6 +25,7 @@ from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, 
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
+from tx.worker.shapes import padded_rank, power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class SnapshotStore:
 
     def load(self, snapshot_id: str, state: ModelState) -> None:
         """A snapshot from saved weights, padded to the rank that ``take`` would have seen."""
-        rank = 1 << (state.lora.rank - 1).bit_length()
+        rank = padded_rank(state.lora.rank)
         layers: list[dict[str, LoraWeights]] = [{} for _ in range(self._model.config.num_layers)]
         unembed = None
         for site in lora_sites(self._model.config):
@@ -70,7 +71,7 @@ class SnapshotStore:
                 continue
             a, b = state.weights[f"{site.name}.lora_A"], state.weights[f"{site.name}.lora_B"]
             if site.num_experts is not None:
-                width = 1 << (a.shape[-1] - 1).bit_length()
+                width = power_of_two(a.shape[-1])
             else:
                 width = rank
             place = adapter_sharding(site, self._model.mesh, width)
@@ -150,7 +151,7 @@ class LiveAdapters:
         for snapshot in live:
             self._offsets[snapshot] = (at, expert_at)
             at, expert_at = at + snapshot.rank, expert_at + snapshot.expert_rank
-        self._width = (1 << max(0, at - 1).bit_length(), 1 << max(0, expert_at - 1).bit_length())
+        self._width = (power_of_two(at), power_of_two(expert_at))
         if len(live) <= 1:
             self._adapter = live[0].adapter if live else None
             # A rank that isn't a power of two (nobody makes one, but nothing forbids it) keeps its own width.

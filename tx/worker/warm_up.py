@@ -20,7 +20,7 @@ import numpy as np
 from tx.types import AdamParams, Datum, ForwardBackward, LoraConfig
 from tx.worker.adapters import AdapterStore
 from tx.worker.generator import Generator
-from tx.worker.shapes import Shape, power_of_two
+from tx.worker.shapes import Shape, padded_rank
 from tx.worker.snapshots import Snapshot, SnapshotStore
 from tx.worker.trainer import Trainer
 
@@ -40,7 +40,7 @@ class Step:
 
 def usual_ranks(max_rank: int) -> list[int]:
     """Ascending, one for each padded size: 8, 32 and the highest one. Example: 24 gives 8 and 24."""
-    by_size = {power_of_two(rank): rank for rank in (*_RANKS, max_rank) if rank <= max_rank}
+    by_size = {padded_rank(rank): rank for rank in (*_RANKS, max_rank) if rank <= max_rank}
     return sorted(by_size.values())
 
 
