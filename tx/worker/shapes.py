@@ -1,7 +1,7 @@
 """The small fixed set of padded shapes that training programs are compiled for. No JAX.
 
-Row lengths are 16, 32, 64, 128, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, 1280, …):
-23 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows.
+Row lengths are 16, 32, 64, 128, 192, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, …):
+24 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows.
 
 Packed rows are filled with several datums, so their lengths can be coarse below 512; a long datum fills its row mostly
 alone and wastes less than a fifth of it. Rows of one length are powers of two under a token budget. Everything else a
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 SHORTEST = 16
 """Shorter rows are padded to this many positions: their programs would save nothing."""
 
-_COARSE_UNTIL = 256
+_COARSE_UNTIL = 128
+_FINE_FROM = 512
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def lengths(max_context: int) -> Iterator[int]:
 
 
 def _step(length: int) -> int:
-    """To the next length: double, half as much again at 256 and 384, then a quarter of the power of two below."""
+    """To the next length: as much again, from 128 on half of the power of two below, from 512 on a quarter of it."""
     if length < _COARSE_UNTIL:
         return length
     below = 1 << (length.bit_length() - 1)
-    return below // 2 if below == _COARSE_UNTIL else below // 4
+    return below // 2 if below < _FINE_FROM else below // 4
 
 
 def padded_length(length: int, max_context: int) -> int:
