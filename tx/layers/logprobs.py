@@ -117,8 +117,7 @@ def loss_and_gradient(
             derivative with respect to a position's logprobs is known from that position alone.
     """
     rows, seq, _ = hidden.shape
-    piece = max(1, min(seq, chunk // rows))
-    pieces = -(-seq // piece)
+    pieces, piece = _pieces(rows, seq, chunk)
     at_row = jnp.arange(rows)[:, None]
 
     def cut(x: Array) -> Array:
@@ -194,11 +193,10 @@ def _pick(logits: Float[Array, "row piece vocab"], ids: Int[Array, "row piece k"
 def _over_chunks(one: Callable[[Any], Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
     """Map ``one`` over pieces of ``seq`` (axis 1) and put its results together again.
 
-    Example: 4 rows of 100 positions with chunk 64 are 7 pieces of 4 x 16, the last padded with 12 positions.
+    Example: 4 rows of 100 positions with chunk 64 are 7 pieces of 4 x 15, the last padded with 5 positions.
     """
     rows, seq = arrays[0].shape[:2]
-    piece = max(1, min(seq, chunk // rows))
-    pieces = -(-seq // piece)
+    pieces, piece = _pieces(rows, seq, chunk)
     if pieces == 1:
         return one(arrays)
 
@@ -210,3 +208,9 @@ def _over_chunks(one: Callable[[Any], Any], arrays: tuple[jax.Array, ...], chunk
         return jnp.moveaxis(x, 0, 1).reshape(rows, pieces * piece, *x.shape[3:])[:, :seq]
 
     return jax.tree.map(join, jax.lax.map(one, tuple(cut(x) for x in arrays)))
+
+
+def _pieces(rows: int, seq: int, chunk: int) -> tuple[int, int]:
+    """How many pieces ``seq`` is cut into and the positions of each: all alike, of ``chunk`` tokens or one position."""
+    pieces = -(-seq // max(1, chunk // rows))
+    return pieces, -(-seq // pieces)
