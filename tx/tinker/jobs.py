@@ -135,9 +135,8 @@ class JobTable:
                 # Another API process appended the same request between our look and our insert: look again.
                 if attempt == 4:
                     raise
-        self._announce("appended", "finished") if any(job.error is not None for job in jobs) else self._announce(
-            "appended"
-        )
+        born_failed = any(job.error is not None for job in jobs)
+        self._announce("appended", *(("finished",) if born_failed else ()))
         return answers
 
     def claim(
