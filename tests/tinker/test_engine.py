@@ -380,7 +380,7 @@ class Turns:
     """Stands for a worker that always has training, and sampling as long as ``sampling``; it moves the clock itself."""
 
     def __init__(self, train_s: float, sample_s: float) -> None:
-        self.training, self.sampling, self.resident_models = True, False, ()
+        self.training, self.sampling, self.resident_models, self.gather_s = True, False, (), 0.0
         self.durations = {"train": train_s, "sample": sample_s}
         self.now_s, self.turns = 0.0, []
 
@@ -420,6 +420,20 @@ def test_sampling_gets_as_much_time_as_the_last_micro_batch_took(bench, train_s,
     worker.training = False
     engine.step()
     assert worker.turns[-1] == "sample"
+
+
+def test_samples_run_while_training_waits_for_other_models(bench):
+    worker = Turns(1.0, 0.3)
+    engine = Engine(bench.db, bench.signal, worker, bench.folders, BASE, sample_room=8, clock=worker.clock)
+    worker.gather_s, worker.sampling = 0.001, True
+    engine.step()
+    assert worker.turns == ["sample"]
+    worker.sampling = False
+    assert engine.step(), "it waits a millisecond and is not idle"
+    assert worker.turns == ["sample"]
+    worker.gather_s = 0.0
+    engine.step()
+    assert worker.turns == ["sample", "train"]
 
 
 # ---- cancelling ----

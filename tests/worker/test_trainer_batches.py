@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.support.trainer_lab import CASES, Lab, arrays
 from tx.errors import InvalidInput
 from tx.types import AdamParams, Datum, ForwardBackward, ForwardBackwardResult, LoraConfig
 from tx.worker.adapters import AdapterStore
+from tx.worker.layerwise import Layerwise
 from tx.worker.trainer import Trainer
 
 VOCAB = 96
@@ -141,6 +143,46 @@ def test_tiny_requests_of_several_models_run_together_and_equal_each_alone(lab: 
         assert finished[job_id].result is not None
         same_results([finished[job_id].result], alone)
     check_equal(found, gradients(store))
+
+
+def test_models_that_ran_together_are_waited_for_a_little(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """Half of the time that it took, until they are all back; and not again for one that stayed away."""
+    now, real, ids = [0.0], Layerwise.forward_backward, itertools.count()
+
+    def slow(*arguments, **options):
+        now[0] += 2.0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Layerwise, "forward_backward", slow)
+    _, trainer = make(lab, clock=lambda: now[0])
+
+    def arrive(*model_ids: str) -> None:
+        for model_id in model_ids:
+            trainer.submit(next(ids), random_request(model_id, "cross_entropy", [9], 3))
+
+    arrive("a", "b", "c")
+    assert trainer.gather_s == 0.0, "nobody has ever run together"
+    assert len(trainer.slice()) == 3
+    arrive("b")
+    assert trainer.gather_s == pytest.approx(1.0)
+    now[0] += 0.25
+    arrive("a")
+    assert trainer.gather_s == pytest.approx(0.75)
+    arrive("c")
+    assert trainer.gather_s == 0.0, "all are back"
+    assert len(trainer.slice()) == 3
+    arrive("a", "b")
+    now[0] += 1.5
+    assert trainer.gather_s == 0.0, "c has stayed away"
+    assert len(trainer.slice()) == 2
+    arrive("b")
+    assert trainer.gather_s == pytest.approx(1.0)
+    arrive("a")
+    assert trainer.gather_s == 0.0, "c is not waited for again"
+    trainer.slice()
+    trainer.discard("b")
+    arrive("a")
+    assert trainer.gather_s == 0.0, "b is gone"
 
 
 def test_tiny_forwards_run_together(lab: Lab):

@@ -299,7 +299,12 @@ class Engine:
         samples leaves training half of the device.
         """
         started = self._clock()
-        if self._worker.training and not (self._worker.sampling and self._sampling_credit_s > 0):
+        trains = self._worker.training and not (self._worker.sampling and self._sampling_credit_s > 0)
+        gather_s = self._worker.gather_s if trains else 0.0
+        if gather_s > 0 and not self._worker.sampling:
+            self._look |= self._signal.wait(gather_s)
+            return True
+        if trains and gather_s <= 0:
             self._deliver(self._slice(self._worker.train_slice, COMMUTING))
             self._sampling_credit_s = self._clock() - started
             return True

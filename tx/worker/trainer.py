@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -48,6 +48,9 @@ TOGETHER_TOKENS = 64
 """Up to so many tokens, a model's request may run beside those of other models: see ``Trainer._tiny``."""
 
 TOGETHER_MODELS = 16
+
+GATHER_SHARE = 0.5
+"""Of the time that the last micro-batch of several models took: so long the next one may wait for those models."""
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Trainer:
             activations don't fit into ``activation_bytes``.
         max_context: longest datum accepted.
         activation_bytes: what may live between the forward and the backward pass, None for no limit.
+        clock: seconds, to wait for other models by.
     """
 
     def __init__(
@@ -120,8 +124,10 @@ class Trainer:
         gradient_checkpointing: bool = False,
         max_context: int,
         activation_bytes: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._store = model, store
+        self._clock = clock
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         on_gpu = model.mesh.devices.flat[0].platform == "gpu"  # there cuDNN attends, one datum per row
         self._limits = Limits(micro_batch_tokens, micro_batch_rows, max_context, shards, packed=not on_gpu)
@@ -134,6 +140,9 @@ class Trainer:
         self._waiting: dict[str, list[_Job]] = {}
         self._passes: dict[str, _Pass] = {}
         self._turns: deque[str] = deque()  # models with work, the next one first
+        self._companions: frozenset[str] = frozenset()  # of the last micro-batch of several models
+        self._together_s = 0.0  # what it took
+        self._gathering_since: float | None = None  # the first request since the last slice
 
     # ---- what the engine calls --------------------------------------------------------------------------------
 
@@ -148,20 +157,38 @@ class Trainer:
         self._waiting.setdefault(request.model_id, []).append(_Job(job_id, request, config, alone))
         if request.model_id not in self._turns:
             self._turns.append(request.model_id)
+        if self._gathering_since is None:
+            self._gathering_since = self._clock()
 
     @property
     def has_work(self) -> bool:
         """Whether anything is queued or under way."""
         return bool(self._turns)
 
+    @property
+    def gather_s(self) -> float:
+        """Seconds for which the next ``slice`` is worth putting off, more requests being submitted meanwhile.
+
+        Models that ran in one micro-batch tend to send their next tiny requests at the same time again. Who is not
+        back in a part of the time that it took is not waited for the next time.
+        """
+        if self._gathering_since is None or self._companions <= set(self._turns):
+            return 0.0
+        if not 0 < len(self._tiny()) < self._most_together:
+            return 0.0
+        return max(0.0, self._gathering_since + GATHER_SHARE * self._together_s - self._clock())
+
     def slice(self) -> list[Finished]:
         """Run one micro-batch of the model whose turn it is; the jobs that it completed or that failed."""
+        self._gathering_since = None
         if not self._turns:
             return []
         model_id = self._turns[0]
         together = self._tiny()
         if len(together) > 1:
             return self._slice_together(together)
+        if together:
+            self._companions = frozenset()
         current = self._passes.get(model_id) or self._start_pass(model_id)
         batch = current.batches[0]
         finished: list[Finished] = []
@@ -182,6 +209,7 @@ class Trainer:
         """Forget everything queued for a model, without results."""
         self._waiting.pop(model_id, None)
         self._passes.pop(model_id, None)
+        self._companions -= {model_id}
         if model_id in self._turns:
             self._turns.remove(model_id)
 
@@ -253,12 +281,12 @@ class Trainer:
         if not current.forward_only:
             sums = (_zeros(state.weights) if current.accumulator is None else current.accumulator,)
             current.accumulator = None  # consumed, whatever happens
-        began = time.perf_counter()
+        began = self._clock()
         gradients = self._compute(batch, current.jobs, trained, sums, current.forward_only)
         if gradients:
             current.accumulator = gradients[0]
         cost = flops_per_token(self._model, ranks, forward_only=current.forward_only)
-        current.cost.add(batch.num_tokens, batch.shape.num_tokens, time.perf_counter() - began, cost)
+        current.cost.add(batch.num_tokens, batch.shape.num_tokens, self._clock() - began, cost)
 
     def _compute(
         self,
@@ -365,14 +393,17 @@ class Trainer:
         first = self._next_jobs(self._turns[0])[0].request.forward_only
         like = self._sites(self._turns[0])
         chosen: list[str] = []
-        most = min(TOGETHER_MODELS, self._store.max_resident)
         for model_id in self._turns:
             alike = self._is_tiny(model_id) and self._next_jobs(model_id)[0].request.forward_only == first
             if alike and self._sites(model_id) == like:
                 chosen.append(model_id)
-            if len(chosen) == most:
+            if len(chosen) == self._most_together:
                 break
         return chosen
+
+    @property
+    def _most_together(self) -> int:
+        return min(TOGETHER_MODELS, self._store.max_resident)
 
     def _is_tiny(self, model_id: str) -> bool:
         jobs = self._next_jobs(model_id)
@@ -392,6 +423,7 @@ class Trainer:
 
     def _slice_together(self, model_ids: list[str]) -> list[Finished]:
         jobs = {model_id: self._next_jobs(model_id) for model_id in model_ids}
+        began = self._clock()
         try:
             passes = self._run_together(jobs)
         except Exception as error:
@@ -399,6 +431,7 @@ class Trainer:
             for job in (job for group in jobs.values() for job in group):
                 job.alone = True
             return []
+        self._companions, self._together_s = frozenset(passes), self._clock() - began
         finished = []
         for model_id, done in passes.items():
             self._take(model_id)
@@ -422,9 +455,9 @@ class Trainer:
         trained = _trained(weights + weights[-1:] * missing, ranks + ranks[-1:] * missing, widest)
         forward_only = next(iter(jobs.values()))[0].request.forward_only
         everyone = {job.job_id: job for group in jobs.values() for job in group}
-        began = time.perf_counter()
+        began = self._clock()
         gradients = self._compute(batch, everyone, trained, None, forward_only)
-        share = (time.perf_counter() - began) / len(rows)
+        share = (self._clock() - began) / len(rows)
         passes = {}
         for index, (model_id, group) in enumerate(jobs.items()):
             done = _Pass({job.job_id: job for job in group}, deque(), forward_only)

@@ -225,6 +225,11 @@ class Worker:
         """Whether ``train_slice`` has something to do."""
         return self._trainer.has_work
 
+    @property
+    def gather_s(self) -> float:
+        """Seconds for which ``train_slice`` is worth putting off: models that trained together last time may follow."""
+        return self._trainer.gather_s
+
     def train_slice(self) -> list[types.Finished]:
         """Run one micro-batch; the jobs that it completed or that failed."""
         return self._trainer.slice()
