@@ -6,8 +6,9 @@ usage: python benchmarks/mesh_traffic.py [--layers 2] [--hidden 256] [--rows 8] 
 A small Qwen3 of random float32 weights trains on eight virtual CPU devices: one forward_backward and one optim_step on
 one of them, on data parallel 8 and on tensor parallel 8. XLA writes down every program that it compiles, and the
 collectives are counted from that text, as ``hlo_collectives`` says: bytes per device and per run of the program.
-Programs named ``forward_backward`` run once per micro-batch; what moves bytes once per job or step has lines of its
-own. For GPUs the compiler may choose other forms.
+A micro-batch runs the programs ``embed`` and ``gradient`` (the head) once, ``keep`` and ``backward`` once per layer,
+and is counted so; what moves bytes once per job or step has lines of its own. For GPUs the compiler may choose other
+forms.
 
 The gradients and the weights after the step are compared with one device's: the largest difference within an array over
 the array's largest value, of the worst array. Gradients are read from Adam's first moment after one step.
@@ -39,7 +40,8 @@ from tx.worker.trainer import Trainer
 
 MODEL_ID = "bench"
 MESHES = {"one device": {}, "data parallel 8": {"data": 8}, "tensor parallel 8": {"tp": 8}}
-MICRO_BATCH = "forward_backward"
+MICRO_BATCH = ("embed", "keep", "gradient", "backward")
+PER_LAYER = ("keep", "backward")
 # A large eps: Adam's first step is otherwise the gradient's sign, which rounding turns where the gradient is near zero.
 ADAM = AdamParams(learning_rate=1e-3, eps=1.0)
 
@@ -63,7 +65,8 @@ def train(flags: argparse.Namespace, sizes: dict[str, int]) -> tuple[Arrays, Arr
     for array in state.weights.values():  # B away from zero, so that A has a gradient
         array += rng.normal(0, 0.02, array.shape).astype(np.float32)
     store.restore(MODEL_ID, state, with_optimizer=False)
-    trainer = Trainer(model, store, micro_batch_tokens=flags.rows * flags.length, max_context=flags.length)
+    num_tokens = flags.rows * flags.length  # one micro-batch
+    trainer = Trainer(model, store, micro_batch_tokens=num_tokens, max_context=num_tokens)
     tokens = rng.integers(0, flags.vocab, (flags.rows, flags.length + 1))
     weights = np.ones(flags.length, np.float32)
     data = tuple(Datum(row[:-1].astype(np.int32), {"target_tokens": row[1:], "weights": weights}) for row in tokens)
@@ -115,10 +118,12 @@ def report(flags: argparse.Namespace) -> None:
         before = programs().keys()
         results[mesh] = train(flags, sizes)
         new = {file: name for file, name in programs().items() if file not in before}
-        if not any(MICRO_BATCH in name for name in new.values()):
-            raise SystemExit(f"no program named {MICRO_BATCH} was compiled for {mesh}, only {sorted(new.values())}")
-        for file, name in sorted(new.items(), key=lambda item: (MICRO_BATCH not in item[1], item[0])):
+        if missing := set(MICRO_BATCH) - set(new.values()):
+            raise SystemExit(f"no program named {missing} was compiled for {mesh}, only {sorted(new.values())}")
+        for file, name in sorted(new.items(), key=lambda item: (item[1] not in MICRO_BATCH, item[0])):
+            runs = flags.layers if name in PER_LAYER else 1
             if found := totals(file.read_text(encoding="utf-8")):
+                found = {kind: sum([one] * runs, start=Total()) for kind, one in found.items()}
                 print("\n".join(lines(mesh, name, found, num_tokens)), flush=True)
     gradients, weights = results.pop("one device")
     for mesh, (others, after) in results.items():

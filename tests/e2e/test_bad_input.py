@@ -346,12 +346,13 @@ class Bystander:
         self.tenant = Tenant(http_client, rank=4, seed=11)
         self.sampler = self.tenant.sampler()
 
-    def step(self, number: int) -> tuple[bytes, bytes]:
+    def step(self, number: int) -> tuple[list[bytes], float, bytes]:
         data = [good_datum(8, seed=number), good_datum(20, seed=100 + number)]
         output = self.tenant.forward_backward(data)
         self.tenant.optim_step()
         drawn = self.tenant.sample(self.sampler, params={"max_tokens": 8, "seed": number})
-        return output.SerializeToString(deterministic=True), drawn.SerializeToString(deterministic=True)
+        logprobs = [result.SerializeToString(deterministic=True) for result in output.loss_fn_outputs]
+        return logprobs, output.metrics["loss:sum"], drawn.SerializeToString(deterministic=True)
 
 
 EVERY = 12

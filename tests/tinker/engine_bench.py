@@ -46,6 +46,11 @@ class Bench:
         self.worker = new_worker(self.model_folder)
         self.engine = self._new_engine()
 
+    def close(self) -> None:
+        self.signal.close()
+        self.pace.close()
+        self.db.dispose()
+
     def run(self, *request_ids: int) -> list[Job]:
         """Step until these jobs are finished."""
         for _ in range(20_000):

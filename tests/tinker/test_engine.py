@@ -665,5 +665,4 @@ def test_the_same_code_runs_on_postgresql(tmp_path, postgres_url, tiny_qwen3, wo
     assert [job.status for job in jobs] == ["done"] * 4
     save, sampler = client.snapshot()
     assert len(tokens_of(bench.run(save, client.sample(sampler, PROMPT))[1])[0]) == 6
-    bench.signal.close()
-    bench.db.dispose()
+    bench.close()

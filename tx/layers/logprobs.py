@@ -118,10 +118,12 @@ def loss_and_gradient(
     """
     rows, seq, _ = hidden.shape
     pieces, piece = _pieces(rows, seq, chunk)
-    at_row = jnp.arange(rows)[:, None]
+    # Row by row, so that a mesh that cuts rows needs no other device's.
+    in_order = jax.vmap(lambda x, order: x[order])
+    back = jnp.argsort(order.first, axis=1)
 
     def cut(x: Array) -> Array:
-        x = x[at_row, order.first]
+        x = in_order(x, order.first)
         x = jnp.pad(x, [(0, 0), (0, pieces * piece - seq), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(rows, pieces, piece, *x.shape[2:]), 1, 0)
 
@@ -166,7 +168,7 @@ def loss_and_gradient(
 
     def put_back(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(rows, pieces * piece, *x.shape[3:])[:, :seq]
-        return jnp.zeros_like(x).at[at_row, order.first].set(x, unique_indices=True)
+        return in_order(x, back)
 
     logprobs, value, dh = jax.tree.map(put_back, found)
     return logprobs, value, HeadGradient(dh, grads)

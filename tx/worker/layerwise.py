@@ -202,7 +202,7 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
         places = tuple(known.get(id(leaf), -1) for leaf in leaves)
         return y, _Kept([leaf for leaf, place in zip(leaves, places, strict=True) if place < 0], places, tree)
 
-    def add_kept(inputs: Any, kept: _Kept, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
+    def backward(inputs: Any, kept: _Kept, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         given, own = jax.tree.leaves(inputs), iter(kept.values)
         leaves = [given[place] if place >= 0 else next(own) for place in kept.places]
         return add(jax.tree.unflatten(kept.tree, leaves), dx, sums, finite)
@@ -212,14 +212,14 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
         sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
         return dx, tuple(_in_place(site, mesh, axes) for site in sums), finite & _all_finite(sums)
 
-    def add_again(inputs: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
+    def backward_again(inputs: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         return add(pulled(layer, *inputs)[1], dx, sums, finite)
 
     return _LayerPrograms(
         forward=jax.jit(layer),
         keep=jax.jit(keep),
-        backward=jax.jit(add_kept, donate_argnums=3),
-        backward_again=jax.jit(add_again, donate_argnums=2),
+        backward=jax.jit(backward, donate_argnums=3),
+        backward_again=jax.jit(backward_again, donate_argnums=2),
     )
 
 

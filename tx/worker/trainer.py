@@ -489,9 +489,15 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-@partial(jax.jit, keep_unused=True)  # placed as its argument: elsewhere, whoever adds to it is compiled twice
 def _zeros(like: Adapter) -> Adapter:
-    return jax.tree.map(jnp.zeros_like, like)
+    """In the places of ``like``: elsewhere, whoever adds to it would be compiled twice."""
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, _zeros_at(leaves, tuple(leaf.sharding for leaf in leaves)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _zeros_at(like: list[jax.Array], places: tuple[jax.sharding.Sharding, ...]) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(jnp.zeros_like(x), at) for x, at in zip(like, places, strict=True)]
 
 
 @partial(jax.jit, donate_argnums=(1,))
