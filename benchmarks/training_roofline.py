@@ -36,7 +36,7 @@ from device_probe import ON_GPU, add_model_flags, matmul_peak, model_of, num_mul
 from tx.models.config import ModelConfig
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
-from tx.types import Datum, ForwardBackward, LoraConfig
+from tx.types import AdamParams, Datum, ForwardBackward, LoraConfig
 from tx.worker.adapters import AdapterStore
 from tx.worker.trainer import Trainer
 
@@ -133,6 +133,7 @@ def line(
     """Measure one pass at one length."""
     options = {"gradient_checkpointing": True} if flags.gradient_checkpointing else {}
     trainer = Trainer(model, store, micro_batch_tokens=flags.tokens, max_context=max(flags.lengths), **options)
+    trainer.optim_step(MODEL_ID, AdamParams())  # a fresh model's forward would leave its adapter out
     rows = flags.tokens // length * flags.batches
     work = data(model.config, rows, length, flags.weighted)
     request = ForwardBackward(MODEL_ID, 0, work, "cross_entropy", {}, forward_only)
