@@ -250,7 +250,7 @@ class Trainer:
 
     def _take(self, model_id: str) -> list[_Job]:
         jobs = self._next_jobs(model_id)
-        rest = [job for job in self._waiting[model_id] if job not in jobs]
+        rest = [job for job in self._waiting[model_id] if job.request.forward_only != jobs[0].request.forward_only]
         if rest:
             self._waiting[model_id] = rest
         else:
