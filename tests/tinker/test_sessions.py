@@ -40,6 +40,21 @@ def sampler(session: str, base: str = "m") -> Sampler:
     )
 
 
+def model_row(session_id: str, number: int) -> Model:
+    """Model number ``number`` of a session."""
+    return Model(
+        model_id=f"{session_id}:train:{number}",
+        session_id=session_id,
+        model_seq_id=number,
+        base_model="m",
+        served_name="m",
+        rank=1,
+        seed=0,
+        created_at=0.0,
+        last_request_at=0.0,
+    )
+
+
 def test_c11_concurrent_retries_of_a_creation_make_one_session(db):
     barrier, made = threading.Barrier(5), []
 
@@ -94,19 +109,7 @@ def test_nothing_is_found_for_unknown_ids(sessions):
 def test_a_checkpoint_is_found_until_it_expires(db, sessions):
     path = parse_path("tinker://s:train:0/weights/a")
     with writing(db) as session:
-        session.add(
-            Model(
-                model_id="s:train:0",
-                session_id="s",
-                model_seq_id=0,
-                base_model="m",
-                served_name="m",
-                rank=1,
-                seed=0,
-                created_at=0.0,
-                last_request_at=0.0,
-            )
-        )
+        session.add(model_row("s", 0))
         session.add(
             Checkpoint(model_id="s:train:0", kind="weights", name="a", folder="f", size_bytes=1, created_at=0.0)
         )
@@ -125,19 +128,7 @@ def test_models_are_idle_when_their_session_is_over_or_silent(db, sessions):
     with writing(db) as session:
         for session_id in (alive, silent, finished):
             for number in range(2):
-                session.add(
-                    Model(
-                        model_id=f"{session_id}:train:{number}",
-                        session_id=session_id,
-                        model_seq_id=number,
-                        base_model="m",
-                        served_name="m",
-                        rank=1,
-                        seed=0,
-                        created_at=0.0,
-                        last_request_at=0.0,
-                    )
-                )
+                session.add(model_row(session_id, number))
         session.get(Session, silent).heartbeat_at = 50.0
     sessions.finish(finished, "success", None)
     asked = [f"{session_id}:train:0" for session_id in (alive, silent, finished)]

@@ -141,6 +141,11 @@ def _join(sites: Sequence[LoraWeights | None], ranks: Sequence[tuple[int, int]])
     return LoraWeights(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2))
 
 
+def all_finite(tree: Any) -> Any:
+    """Whether every number of a tree is finite: bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
+
+
 def dot(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
     """A product that accumulates in, and returns, float32."""
     return jnp.dot(x, w, preferred_element_type=jnp.float32)

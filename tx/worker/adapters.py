@@ -13,8 +13,11 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tx.errors import InvalidInput, NotFound
@@ -294,3 +297,42 @@ class AdapterStore:
         """Park the least recently used models until one more fits."""
         while len(self._resident) >= self.max_resident:
             self.park(next(iter(self._resident)))
+
+
+# ---- adapters as arrays ---------------------------------------------------------------------------------------------
+
+
+def zeros_like(like: Adapter) -> Adapter:
+    """Zeros in the places of ``like``: elsewhere, whoever adds to it would be compiled twice."""
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, _zeros_at(leaves, tuple(leaf.sharding for leaf in leaves)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _zeros_at(like: list[jax.Array], places: tuple[jax.sharding.Sharding, ...]) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(jnp.zeros_like(x), at) for x, at in zip(like, places, strict=True)]
+
+
+@partial(jax.jit, donate_argnums=(1,))
+def add(grads: Adapter, more: Adapter) -> Adapter:
+    """The sum. ``more`` is consumed; ``grads`` is not, so that the model's state survives a failure here."""
+    return jax.tree.map(jnp.add, grads, more)
+
+
+def resize(adapter: Adapter, rank: int) -> Adapter:
+    """A dense adapter with so many columns: zeros added, or zeros cut off."""
+    have = next(leaf.shape[-1] for leaf in jax.tree.leaves(adapter))
+    return adapter if have == rank else _resized(adapter, rank)
+
+
+@partial(jax.jit, static_argnums=1)
+def _resized(adapter: Adapter, rank: int) -> Adapter:
+    def resize(path: Any, x: jax.Array) -> jax.Array:
+        axis = -1 if path[-1].name == "a" else -2
+        if x.shape[axis] >= rank:
+            return jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim + axis)
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, rank - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    return jax.tree_util.tree_map_with_path(resize, adapter)

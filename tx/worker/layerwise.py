@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from tx.layers.attention import Packed
 from tx.layers.logprobs import loss_and_gradient, target_logprobs
-from tx.layers.lora import KEPT, Adapter, LoraSite, LoraWeights, adapter_sharding
+from tx.layers.lora import KEPT, Adapter, LoraSite, LoraWeights, adapter_sharding, all_finite
 from tx.layers.sharding import sharding
 from tx.layers.stack import LayerLora
 from tx.models.loading import LoadedModel
@@ -210,7 +210,7 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
     def add(pull: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         gradients, dx = pull(dx)
         sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
-        return dx, tuple(_in_place(site, mesh, axes) for site in sums), finite & _all_finite(sums)
+        return dx, tuple(_in_place(site, mesh, axes) for site in sums), finite & all_finite(sums)
 
     def backward_again(inputs: Any, dx: Any, sums: Any, finite: Any) -> tuple[Any, Any, Any]:
         return add(pulled(layer, *inputs)[1], dx, sums, finite)
@@ -246,10 +246,6 @@ def _in_place(sites: Sites, mesh: Any, axes: tuple[tuple[Any, ...], ...]) -> Sit
 
 def _pin(weights: LoraWeights, site: LoraSite, mesh: Any) -> LoraWeights:
     return jax.tree.map(jax.lax.with_sharding_constraint, weights, adapter_sharding(site, mesh, weights.a.shape[-1]))
-
-
-def _all_finite(tree: Any) -> Any:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
 
 
 # ---- both ends ------------------------------------------------------------------------------------------------------
@@ -288,7 +284,7 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
             site = next(site for site in model.lora_sites() if site.layer is None)
             sums = tuple(_pin(one, site, model.mesh) for one in sums)
         (dx,) = pull(grads.hidden)
-        return dx, sums, logprobs, losses, _all_finite(sums)
+        return dx, sums, logprobs, losses, all_finite(sums)
 
     return _Ends(jax.jit(embed), jax.jit(score), jax.jit(gradient, donate_argnums=2))
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tx.errors import InvalidInput, NotFound
-from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, expert_rank
+from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, all_finite, expert_rank
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
@@ -186,7 +186,7 @@ def _frozen_copy(sites: Any, dtype: Any) -> tuple[Any, Any]:
     """
     # copy=True: without it an array that already has the dtype would come back as the very buffer that training owns.
     cast = jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), sites)
-    return cast, jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(cast)] or [jnp.array(True)]).all()
+    return cast, all_finite(cast)
 
 
 def _blank(adapters: Sequence[Adapter], rank: int, expert_rank: int) -> Adapter:

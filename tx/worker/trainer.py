@@ -19,11 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tx.errors import InvalidInput, ModelLost
@@ -31,7 +28,7 @@ from tx.layers.lora import Adapter
 from tx.models.loading import LoadedModel
 from tx.types import AdamParams, Finished, ForwardBackward, ForwardBackwardResult
 from tx.worker import datums, memory, optimizer
-from tx.worker.adapters import AdapterStore, Ranks, TrainingState
+from tx.worker.adapters import AdapterStore, Ranks, TrainingState, add, resize, zeros_like
 from tx.worker.datums import Given
 from tx.worker.layerwise import Layerwise, Outputs, Trained
 from tx.worker.packing import MicroBatch, Piece, plan, smaller
@@ -146,10 +143,6 @@ class Trainer:
 
     # ---- what the engine calls --------------------------------------------------------------------------------
 
-    def check(self, request: ForwardBackward) -> None:
-        """Raises InvalidInput naming the first wrong field."""
-        datums.check(request, self._model.config.vocab_size, self._limits.max_context)
-
     def submit(self, job_id: int, request: ForwardBackward, *, alone: bool = False) -> None:
         """Queue a request, ``alone``: never beside other models'; raises InvalidInput, and then nothing is queued."""
         self._store.lora(request.model_id)
@@ -222,7 +215,7 @@ class Trainer:
         if model_id in self._turns:
             raise RuntimeError(f"optim_step of {model_id} while its forward_backwards are still running")
         state = self._store.state(model_id)
-        grads = state.grads if state.grads is not None else _zeros(state.weights)
+        grads = state.grads if state.grads is not None else zeros_like(state.weights)
         sizes = optimizer.step_sizes(params, state.step + 1)
         try:
             weights, mu, nu, norm = optimizer.adamw(state.weights, state.mu, state.nu, grads, sizes)
@@ -279,7 +272,7 @@ class Trainer:
             trained = Trained((), None, None)
         sums: tuple[Adapter, ...] | None = None
         if not current.forward_only:
-            sums = (_zeros(state.weights) if current.accumulator is None else current.accumulator,)
+            sums = (zeros_like(state.weights) if current.accumulator is None else current.accumulator,)
             current.accumulator = None  # consumed, whatever happens
         began = self._clock()
         gradients = self._compute(batch, current.jobs, trained, sums, current.forward_only)
@@ -328,16 +321,17 @@ class Trainer:
 
     def _keeps(self, shape: Shape) -> bool:
         """Whether the backward pass of this shape finds its activations, or computes the layers again."""
-        if self._activation_bytes is None:
-            return True
+        return self._activation_bytes is None or self._kept_bytes(shape) <= self._activation_bytes
+
+    def _kept_bytes(self, shape: Shape) -> int:
+        """What a micro-batch keeps on each device between its two passes."""
         each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
-        devices = self._model.mesh.shape["data"] * self._model.mesh.shape["fsdp"]
-        return shape.num_tokens * each // devices <= self._activation_bytes
+        return shape.num_tokens * each // self._limits.row_multiple
 
     def _merge(self, model_id: str, gradients: Adapter) -> None:
         """The pass is complete: its gradients join the model's."""
         state = self._store.state(model_id)
-        grads = gradients if state.grads is None else _add(state.grads, gradients)
+        grads = gradients if state.grads is None else add(state.grads, gradients)
         self._store.replace(model_id, replace(state, grads=grads))
 
     def _recover(self, model_id: str, current: _Pass, batch: MicroBatch, error: Exception) -> list[Finished]:
@@ -368,9 +362,7 @@ class Trainer:
         """Make this micro-batch's kind need less memory from now on; False if it can't."""
         shape = batch.shape
         if not forward_only and self._keeps(shape):
-            each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
-            devices = self._model.mesh.shape["data"] * self._model.mesh.shape["fsdp"]
-            self._activation_bytes = shape.num_tokens * each // devices // 2
+            self._activation_bytes = self._kept_bytes(shape) // 2
             log.warning("out of memory: layers of more than %d tokens are computed twice", shape.num_tokens // 2)
             return True
         limits = smaller(batch, self._limits)
@@ -406,8 +398,10 @@ class Trainer:
         return min(TOGETHER_MODELS, self._store.max_resident)
 
     def _is_tiny(self, model_id: str) -> bool:
+        if model_id in self._passes:
+            return False
         jobs = self._next_jobs(model_id)
-        if model_id in self._passes or not jobs or any(job.alone for job in jobs):
+        if not jobs or any(job.alone for job in jobs):
             return False
         pieces = _pieces(jobs)
         length = sum(piece.length for piece in pieces)
@@ -451,7 +445,7 @@ class Trainer:
         missing = power_of_two(len(rows)) - len(rows)
         shape = Shape(len(rows) + missing, padded_length(longest, self._limits.max_context), 1)
         batch = MicroBatch(rows, shape)
-        weights = [_resize(state.weights, widest) for state in states]
+        weights = [resize(state.weights, widest) for state in states]
         trained = _trained(weights + weights[-1:] * missing, ranks + ranks[-1:] * missing, widest)
         forward_only = next(iter(jobs.values()))[0].request.forward_only
         everyone = {job.job_id: job for group in jobs.values() for job in group}
@@ -462,7 +456,7 @@ class Trainer:
         for index, (model_id, group) in enumerate(jobs.items()):
             done = _Pass({job.job_id: job for job in group}, deque(), forward_only)
             if gradients:
-                done.accumulator = _resize(gradients[index], ranks[index].padded[0])
+                done.accumulator = resize(gradients[index], ranks[index].padded[0])
             cost = flops_per_token(self._model, ranks[index], forward_only=forward_only)
             num_tokens = sum(piece.length for piece in rows[index])
             done.cost.add(num_tokens, shape.num_tokens // len(rows), share, cost)
@@ -487,39 +481,3 @@ def _trained(weights: Sequence[Adapter], ranks: Sequence[Ranks], width: int | No
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _zeros(like: Adapter) -> Adapter:
-    """In the places of ``like``: elsewhere, whoever adds to it would be compiled twice."""
-    leaves, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, _zeros_at(leaves, tuple(leaf.sharding for leaf in leaves)))
-
-
-@partial(jax.jit, static_argnums=1)
-def _zeros_at(like: list[jax.Array], places: tuple[jax.sharding.Sharding, ...]) -> list[jax.Array]:
-    return [jax.lax.with_sharding_constraint(jnp.zeros_like(x), at) for x, at in zip(like, places, strict=True)]
-
-
-@partial(jax.jit, donate_argnums=(1,))
-def _add(grads: Adapter, more: Adapter) -> Adapter:
-    """``more`` is consumed; ``grads`` is not, so that the model's state survives a failure here."""
-    return jax.tree.map(jnp.add, grads, more)
-
-
-def _resize(adapter: Adapter, rank: int) -> Adapter:
-    """A dense adapter with so many columns: zeros added, or zeros cut off."""
-    have = next(leaf.shape[-1] for leaf in jax.tree.leaves(adapter))
-    return adapter if have == rank else _resized(adapter, rank)
-
-
-@partial(jax.jit, static_argnums=1)
-def _resized(adapter: Adapter, rank: int) -> Adapter:
-    def resize(path: Any, x: jax.Array) -> jax.Array:
-        axis = -1 if path[-1].name == "a" else -2
-        if x.shape[axis] >= rank:
-            return jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim + axis)
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, rank - x.shape[axis])
-        return jnp.pad(x, widths)
-
-    return jax.tree_util.tree_map_with_path(resize, adapter)
