@@ -85,10 +85,15 @@ class Sampler(SQLModel, table=True):
     snapshot_id: str | None = None
     kind: str
     created_at: float
+    num_clones: int = 0
+    """How many unpickled copies of the client have joined it."""
 
 
 class Checkpoint(SQLModel, table=True):
-    """A checkpoint folder that is complete on disk; ``kind`` is weights or sampler_weights."""
+    """A checkpoint that is complete in storage; ``kind`` is weights, sampler_weights or external_weights.
+
+    Copies share ``folder`` with what they were copied from: the files go with the last row that names them.
+    """
 
     __table_args__ = (UniqueConstraint("model_id", "kind", "name"),)
 
@@ -104,6 +109,8 @@ class Checkpoint(SQLModel, table=True):
     user_metadata: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     seq_id: int | None = Field(default=None, sa_type=BigInteger)
     has_optimizer: bool = False
+    idempotency_key: str | None = Field(default=None, unique=True)
+    """Of the request that made a copy."""
 
 
 class Job(SQLModel, table=True):
@@ -136,6 +143,8 @@ class Job(SQLModel, table=True):
     category: str | None = None
     tokens_in: int = Field(default=0, sa_type=BigInteger)
     tokens_out: int = Field(default=0, sa_type=BigInteger)
+    tokens_cached: int = Field(default=0, sa_type=BigInteger)
+    """Of ``tokens_in``, those whose keys and values were there already."""
     created_at: float
     claimed_at: float | None = None
     finished_at: float | None = None
@@ -179,6 +188,36 @@ class RecordedSequence(SQLModel, table=True):
     logprobs: bytes = Field(sa_type=LargeBinary)
     prompt: bytes = Field(sa_type=LargeBinary)
     used_at: float
+
+
+class AuditEntry(SQLModel, table=True):
+    """Who changed what, for the audit log; ``category`` is what the log can be asked for (checkpoints, projects, …)."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    at: float = Field(index=True)
+    category: str
+    event: str
+    actor: str
+    model_id: str | None = None
+    tinker_path: str | None = None
+    details: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+
+
+class TelemetryEvent(SQLModel, table=True):
+    """What a client's SDK reported of itself, as it came."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    session_id: str = Field(index=True)
+    received_at: float
+    severity: str
+    event: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class Secret(SQLModel, table=True):
+    """A key that every API process of this database shares, made when first needed."""
+
+    name: str = Field(primary_key=True)
+    value: bytes = Field(sa_type=LargeBinary)
 
 
 def now() -> float:
