@@ -14,6 +14,7 @@ from tx.tinker.db import Job, Model, Sampler, now, open_database, writing
 from tx.tinker.engine import Engine
 from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire import tinker_pb2 as pb
 from tx.worker.worker import Worker
@@ -33,13 +34,15 @@ class Bench:
         self.pace = ChangeSignal(url)
         self.jobs = JobTable(self.db, self.signal)
         self.folders = CheckpointFolders(folder / "checkpoints")
+        self.points_folder = folder / "recovery"
         self.model_folder = model_folder
         self.room = room
         self.worker = worker or new_worker(model_folder)
         self.engine = self._new_engine()
 
     def _new_engine(self) -> Engine:
-        return Engine(self.db, self.signal, self.worker, self.folders, BASE, sample_room=self.room)
+        self.points = RecoveryPoints(self.db, self.points_folder, BASE, self.worker.export_model)
+        return Engine(self.db, self.signal, self.worker, self.folders, self.points, BASE, sample_room=self.room)
 
     def restart(self) -> None:
         self.jobs.requeue(BASE)
@@ -146,6 +149,7 @@ class Client:
             model_id=self.model_id,
             seq_id=message.seq_id,
             payload_type=codec.PROTOBUF,
+            tokens_in=sum(len(chunk.encoded_text.tokens) // 4 for datum in message.data for chunk in datum.model_input),
         )
 
     def train(self, seed: int = 0, lengths: tuple[int, ...] = (6, 11), forward_only: bool = False) -> int:

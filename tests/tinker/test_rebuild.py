@@ -20,7 +20,7 @@ def bench(tmp_path_factory, tiny_qwen3):
 
 def rebuilds_of(bench) -> Rebuilds:
     engine = bench._new_engine()
-    return Rebuilds(bench.db, bench.jobs, bench.worker, engine._work)
+    return Rebuilds(bench.db, bench.jobs, bench.worker, engine._work, bench.points)
 
 
 def test_a_rebuild_waits_for_the_worker_without_holding_the_loop(bench):

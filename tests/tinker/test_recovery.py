@@ -38,24 +38,24 @@ def seqs(replay) -> list[int | None]:
 
 def test_without_checkpoints_everything_is_replayed_but_saves():
     replay = plan_replay(MODEL, HISTORY, [])
-    assert (replay.checkpoint, seqs(replay)) == (None, [0, 1, 2, 3, 5])
+    assert (replay.start, seqs(replay)) == (None, [0, 1, 2, 3, 5])
 
 
 def test_c11_gradients_waiting_at_a_save_are_replayed_after_it():
     replay = plan_replay(MODEL, HISTORY, [checkpoint(2)])
-    assert replay.checkpoint is not None
+    assert replay.start is not None
     assert seqs(replay) == [3, 5]
 
 
 def test_the_newest_whole_checkpoint_wins():
     rows = [checkpoint(2), checkpoint(5, has_optimizer=False), checkpoint(5, kind="sampler_weights"), checkpoint(None)]
-    assert plan_replay(MODEL, HISTORY, rows).checkpoint is rows[0]
+    assert plan_replay(MODEL, HISTORY, rows).start is rows[0]
 
 
 def test_a_load_makes_everything_before_it_irrelevant():
     history = [*HISTORY, job(7, 6, "load_weights"), job(8, 7, "forward_backward")]
     replay = plan_replay(MODEL, history, [checkpoint(2), checkpoint(5)])
-    assert (replay.checkpoint, seqs(replay)) == (None, [6, 7])
+    assert (replay.start, seqs(replay)) == (None, [6, 7])
 
 
 def test_chunks_are_replayed_in_seq_order_whatever_the_arrival():
@@ -69,14 +69,14 @@ def test_forward_and_failed_jobs_have_no_effect():
 
 def test_a_snapshot_is_rebuilt_from_what_came_before_its_save():
     replay = plan_replay(MODEL, HISTORY, [checkpoint(2), checkpoint(5)], until=5)
-    assert replay.checkpoint.seq_id == 2
+    assert replay.start.seq_id == 2
     assert seqs(replay) == [3]
 
 
 def test_jobs_without_seq_ids_are_replayed_from_the_start():
     history = [job(1, 0, "create_model"), job(2, None, "forward_backward"), job(3, None, "optim_step")]
     replay = plan_replay(MODEL, history, [checkpoint(1)])
-    assert replay.checkpoint is None
+    assert replay.start is None
     assert [done.request_id for done in replay.jobs] == [1, 2, 3]
 
 

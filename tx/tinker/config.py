@@ -127,8 +127,17 @@ class TxConfig(BaseModel):
     @property
     def parking_folder(self) -> Path:
         """Absolute folder for parked adapters, of this base model's engine alone: engines may share a data folder."""
+        return self.data_folder / "parked" / self._base_model_folder
+
+    @property
+    def recovery_folder(self) -> Path:
+        """Absolute folder for recovery points, of this base model's engine alone."""
+        return self.data_folder / "recovery" / self._base_model_folder
+
+    @property
+    def _base_model_folder(self) -> str:
         name = self.base_model_name
-        return self.data_folder / "parked" / f"{Path(name).name}-{zlib.crc32(name.encode()):08x}"
+        return f"{Path(name).name}-{zlib.crc32(name.encode()):08x}"
 
     @property
     def compile_cache_folder(self) -> Path:

@@ -213,6 +213,16 @@ class TelemetryEvent(SQLModel, table=True):
     event: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
 
 
+class RecoveryPoint(SQLModel, table=True):
+    """A model's whole state after its job ``seq_id``, complete on the engine's disk (``tx.tinker.recovery_points``)."""
+
+    model_id: str = Field(primary_key=True)
+    seq_id: int = Field(primary_key=True, sa_type=BigInteger)
+    base_model: str = Field(index=True)
+    size_bytes: int = Field(sa_type=BigInteger)
+    created_at: float
+
+
 class Secret(SQLModel, table=True):
     """A key that every API process of this database shares, made when first needed."""
 

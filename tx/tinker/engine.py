@@ -40,6 +40,7 @@ from tx.tinker.db import Checkpoint, Job, now, reading, writing
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.rebuild import Rebuilds
+from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.wire.paths import TinkerPath
@@ -81,6 +82,7 @@ class Engine:
         signal: ChangeSignal,
         worker: Worker,
         folders: CheckpointFolders,
+        points: RecoveryPoints,
         base_model: str,
         *,
         sample_room: int,
@@ -96,7 +98,8 @@ class Engine:
         self._jobs = JobTable(db, signal)
         self._sessions = Sessions(db)
         self._work = Work(db, worker, folders, base_model)
-        self._rebuilds = Rebuilds(db, self._jobs, worker, self._work)
+        self._points = points
+        self._rebuilds = Rebuilds(db, self._jobs, worker, self._work, points)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
         self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild that they wait for
@@ -121,6 +124,7 @@ class Engine:
             if not self.step():
                 self._wait()
         self._writer.shutdown(wait=False, cancel_futures=True)
+        self._points.close()
         self._jobs.requeue(self._base_model)
 
     def step(self) -> bool:
@@ -232,6 +236,8 @@ class Engine:
             self._writing[header.request_id] = job, outcome, self._writer.submit(outcome.write)
         else:
             self._jobs.commit([outcome])
+            if job.kind == "optim_step":
+                self._points.after_step(job.model_id or "", job.seq_id)
         self._passed(header)
 
     def _passed(self, header: JobHeader) -> None:
@@ -307,6 +313,7 @@ class Engine:
         if trains and gather_s <= 0:
             self._deliver(self._slice(self._worker.train_slice, COMMUTING))
             self._sampling_credit_s = self._clock() - started
+            self._points.computed(self._sampling_credit_s)
             return True
         if self._worker.sampling:
             self._deliver(self._slice(self._worker.sample_slice, frozenset({SAMPLE})))
@@ -344,6 +351,8 @@ class Engine:
                     raise done.error
                 assert done.result is not None  # one of the two is set
                 outcomes.append(self._work.finish(job, done.result))
+                if job.kind == "forward_backward":
+                    self._points.trained(job.model_id or "", job.tokens_in)
             except Exception as error:
                 if self._starts_again(header, job, error):
                     continue
@@ -353,6 +362,7 @@ class Engine:
             self._jobs.commit(outcomes)
 
     def _collect_writes(self) -> None:
+        self._points.collect()
         for request_id, (job, writing_job, future) in list(self._writing.items()):
             if not future.done():
                 continue
@@ -399,6 +409,7 @@ class Engine:
                 session.exec(delete(Checkpoint).where(col(Checkpoint.id) == row.id))
             self._folders.delete(TinkerPath(row.model_id, row.kind, row.name))  # type: ignore[arg-type]
             log.info("checkpoint %s/%s of %s has expired", row.kind, row.name, row.model_id)
+        self._points.prune()
         recordings.prune(self._db, now() - recordings.KEPT_S)
         self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
 
@@ -424,6 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ready.signal,
                 ready.worker,
                 ready.folders,
+                RecoveryPoints(ready.db, config.recovery_folder, config.base_model_name, ready.worker.export_model),
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
             )

@@ -29,7 +29,7 @@ from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Cancellation, Checkpoint, Job, Sampler, Session, now, reading, writing
+from tx.tinker.db import Cancellation, Checkpoint, Job, RecoveryPoint, Sampler, Session, now, reading, writing
 from tx.tinker.notify import ChangeSignal, Topic
 
 JOB_KINDS = (
@@ -298,8 +298,9 @@ class JobTable:
     def prune(self, before: float) -> int:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
 
-        A model is rebuilt from its newest training checkpoint with optimizer state, so payloads up to that
-        checkpoint's seq are free to go; without one, all its payloads are needed.
+        A model is rebuilt from a training checkpoint with optimizer state or from a recovery point, so payloads up to
+        the newest checkpoint's seq are free to go, and up to that of a point which has a newer one behind it; without
+        either, all its payloads are needed.
         """
         finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
         newest = (
@@ -308,7 +309,25 @@ class JobTable:
             .correlate(Job)
             .scalar_subquery()
         )
-        needless = or_(col(Job.model_id).is_(None), col(Job.status) == "failed", col(Job.seq_id) <= newest)
+        newer = aliased(RecoveryPoint)
+        superseded = (
+            select(func.max(RecoveryPoint.seq_id))
+            .where(RecoveryPoint.model_id == Job.model_id)
+            .where(
+                select(newer.seq_id)
+                .where(col(newer.model_id) == Job.model_id, col(newer.seq_id) > col(RecoveryPoint.seq_id))
+                .correlate(Job, RecoveryPoint)
+                .exists()
+            )
+            .correlate(Job)
+            .scalar_subquery()
+        )
+        needless = or_(
+            col(Job.model_id).is_(None),
+            col(Job.status) == "failed",
+            col(Job.seq_id) <= newest,
+            col(Job.seq_id) <= superseded,
+        )
         with writing(self._db) as session:
             results = _rows(session, update(Job).where(*finished, col(Job.result).is_not(None)).values(result=None))
             payloads = _rows(

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import select
 
-from tx.errors import ModelLost, TxError
-from tx.tinker.db import Checkpoint, reading
+from tx.errors import ModelLost, NotFound, TxError
+from tx.tinker.checkpoints import BrokenCheckpoint
+from tx.tinker.db import Checkpoint, RecoveryPoint, reading
 from tx.tinker.jobs import JobTable
 from tx.tinker.recovery import Replay, plan_replay
+from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING
 from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import SnapshotNeed, Work
@@ -28,11 +30,13 @@ log = logging.getLogger(__name__)
 class Rebuilds:
     """The rebuilds under way. Keys are model ids and snapshot ids."""
 
-    def __init__(self, db: Database, jobs: JobTable, worker: Worker, work: Work) -> None:
+    def __init__(self, db: Database, jobs: JobTable, worker: Worker, work: Work, points: RecoveryPoints) -> None:
         self._db = db
         self._jobs = jobs
         self._worker = worker
         self._work = work
+        self._points = points
+        self._damaged: set[tuple[str, int | None, float]] = set()  # starting points that could not be read
         self._under_way: dict[str, Iterator[None]] = {}
         self._next_id = -1  # the worker's job ids below zero are replays: nobody is answered
         self._awaited: set[int] = set()
@@ -48,15 +52,15 @@ class Rebuilds:
 
     def begin_model(self, model_id: str) -> None:
         """Start to rebuild a model; raises what makes that impossible."""
-        replay = self._plan(model_id)
+        self._plan(model_id)
         barriers = [job.seq_id for job in self._jobs.history(model_id) if job.kind not in COMMUTING]
         self.last_barrier[model_id] = max((seq_id for seq_id in barriers if seq_id is not None), default=-1)
-        self._under_way[model_id] = self._rebuild(replay, model_id)
+        self._under_way[model_id] = self._rebuild(model_id, model_id)
 
     def begin_snapshot(self, need: SnapshotNeed) -> None:
         """Start to rebuild an ephemeral snapshot, on a model of its own that goes when it is taken."""
-        replay = self._plan(need.model_id, until=need.request_id)
-        self._under_way[need.snapshot_id] = self._rebuild_snapshot(replay, need)
+        self._plan(need.model_id, until=need.request_id)
+        self._under_way[need.snapshot_id] = self._rebuild_snapshot(need)
 
     def take(self, finished: Finished) -> None:
         """A replayed micro-batch's outcome."""
@@ -86,36 +90,56 @@ class Rebuilds:
     def _plan(self, model_id: str, until: int | None = None) -> Replay:
         with reading(self._db) as session:
             checkpoints = session.exec(select(Checkpoint).where(Checkpoint.model_id == model_id)).all()
-        return plan_replay(model_id, self._jobs.history(model_id), checkpoints, until)
+        starts: list[Checkpoint | RecoveryPoint] = [*checkpoints, *self._points.of(model_id)]
+        readable = [start for start in starts if _key(start) not in self._damaged]
+        return plan_replay(model_id, self._jobs.history(model_id), readable, until)
 
-    def _rebuild(self, replay: Replay, target: str) -> Iterator[None]:
-        log.info("rebuilding %s: %s jobs after %s", target, len(replay.jobs), _start_of(replay))
+    def _rebuild(self, model_id: str, target: str, until: int | None = None) -> Iterator[None]:
         try:
+            replay = self._restore_start(model_id, target, until)
             yield from self._replay(replay, target)
         except BaseException:
             self._worker.drop_model(target)  # half a model must not look like a whole one
             raise
         log.info("rebuilt %s", target)
 
+    def _restore_start(self, model_id: str, target: str, until: int | None) -> Replay:
+        """Put the newest state that can be read into ``target``; what is left to replay."""
+        while True:
+            replay = self._plan(model_id, until)
+            log.info("rebuilding %s: %s jobs after %s", target, len(replay.jobs), _start_of(replay))
+            start = replay.start
+            if start is None:
+                return replay
+            try:
+                if isinstance(start, RecoveryPoint):
+                    state = self._points.read(start)
+                else:
+                    state = self._work.read_state(TinkerPath(start.model_id, "weights", start.name))
+            except (BrokenCheckpoint, NotFound) as error:
+                log.warning("%s can't be rebuilt from %s, so from an older state: %s", target, _start_of(replay), error)
+                self._damaged.add(_key(start))
+                continue
+            self._worker.restore_model(target, state, with_optimizer=True)
+            self._work.applied[target] = start.seq_id
+            return replay
+
     def _replay(self, replay: Replay, target: str) -> Iterator[None]:
-        if replay.checkpoint is not None:
-            path = TinkerPath(replay.checkpoint.model_id, "weights", replay.checkpoint.name)
-            self._worker.restore_model(target, self._work.read_state(path), with_optimizer=True)
-            self._work.applied[target] = replay.checkpoint.seq_id
         waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
         for job in replay.jobs:
             if job.kind != "forward_backward":
                 yield from self._wait(waiting)
             job_id, self._next_id = self._next_id, self._next_id - 1
             if self._work.redo(job, target, job_id):
+                self._points.trained(target, job.tokens_in)
                 self._awaited.add(job_id)
                 waiting.append(job_id)
         yield from self._wait(waiting)
 
-    def _rebuild_snapshot(self, replay: Replay, need: SnapshotNeed) -> Iterator[None]:
+    def _rebuild_snapshot(self, need: SnapshotNeed) -> Iterator[None]:
         target = f"{need.snapshot_id}#rebuild"
         try:
-            yield from self._rebuild(replay, target)
+            yield from self._rebuild(need.model_id, target, need.request_id)
             self._work.keep_rebuilt(need, target)
         finally:
             self._worker.drop_model(target)
@@ -132,4 +156,12 @@ class Rebuilds:
 
 
 def _start_of(replay: Replay) -> str:
-    return "its creation" if replay.checkpoint is None else f"checkpoint {replay.checkpoint.name}"
+    if replay.start is None:
+        return "its creation"
+    if isinstance(replay.start, RecoveryPoint):
+        return f"recovery point {replay.start.seq_id}"
+    return f"checkpoint {replay.start.name}"
+
+
+def _key(start: Checkpoint | RecoveryPoint) -> tuple[str, int | None, float]:
+    return type(start).__name__, start.seq_id, start.created_at

@@ -1,0 +1,210 @@
+"""When a recovery point is taken, what it brings back, and when it goes."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from tests.tinker.engine_bench import BASE, Bench, Client, body_of, new_worker
+from tx.tinker.db import RecoveryPoint, Session, now, writing
+from tx.tinker.recovery_points import KEPT, MIN_TRAINED_S, SHARE, SILENT_S, RecoveryPoints
+from tx.types import LoraConfig, ModelState
+
+HOUR_S = 3600.0
+
+
+@pytest.fixture
+def bench(tmp_path, database_url, tiny_qwen3):
+    bench = Bench(tmp_path, database_url, tiny_qwen3)
+    yield bench
+    bench.close()
+
+
+def state_of(bench, client) -> ModelState:
+    return bench.worker.export_model(client.model_id)
+
+
+def assert_equal(a: ModelState, b: ModelState):
+    assert (a.lora, a.step) == (b.lora, b.step)
+    for tree, other in ((a.weights, b.weights), (a.mu, b.mu), (a.nu, b.nu)):
+        assert tree.keys() == other.keys()
+        for name, array in tree.items():
+            np.testing.assert_array_equal(array, other[name], err_msg=name, strict=True)
+
+
+def step_with_point(bench, client, seed: int) -> RecoveryPoint:
+    """One training step after which a point is on the disk."""
+    jobs = bench.run(client.train(seed))
+    bench.points.computed(HOUR_S)  # as if it had taken so long
+    (job,) = bench.run(client.step())
+    for _ in range(400):
+        bench.points.computed(0.0)  # until that is long past: no more points from here on
+    body_of(jobs[0]), body_of(job)
+    while not any(point.seq_id == client.seq_id for point in bench.points.of(client.model_id)):
+        bench.engine.step()
+        bench.pace.wait(0.005)
+    return next(point for point in bench.points.of(client.model_id) if point.seq_id == client.seq_id)
+
+
+def replayed(bench, caplog) -> list[str]:
+    return [r.message for r in caplog.records if r.message.startswith("rebuilding")]
+
+
+def test_a_crash_replays_only_what_came_after_the_point_and_gives_the_same_bits(bench, caplog):
+    client = Client(bench)
+    bench.run(client.create())
+    step_with_point(bench, client, 1)
+    bench.run(client.train(2), client.step(), client.train(3))
+    bench.run(client.step())
+    expected = state_of(bench, client)
+
+    bench.restart()
+    with caplog.at_level(logging.INFO):
+        # A forward of no consequence brings the model back.
+        body_of(bench.run(client.train(4, forward_only=True))[0])
+    assert replayed(bench, caplog) == [f"rebuilding {client.model_id}: 4 jobs after recovery point 2"]
+    assert_equal(state_of(bench, client), expected)
+
+
+def test_an_ephemeral_snapshot_comes_back_from_the_point_before_it(bench, caplog):
+    client = Client(bench)
+    bench.run(client.create())
+    step_with_point(bench, client, 1)
+    bench.run(client.train(2), client.step())
+    save, sampler = client.snapshot()
+    bench.run(save)
+    (before,) = bench.run(client.sample(sampler, [5, 6, 7]))
+    step_with_point(bench, client, 3)
+
+    bench.restart()
+    with caplog.at_level(logging.INFO):
+        (after,) = bench.run(client.sample(sampler, [5, 6, 7]))
+    assert [text.partition(": ")[2] for text in replayed(bench, caplog)] == ["2 jobs after recovery point 2"]
+    assert after.result == before.result
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_from_a_damaged_point_the_older_one_is_taken(bench, caplog, damage):
+    client = Client(bench)
+    bench.run(client.create())
+    step_with_point(bench, client, 1)
+    newest = step_with_point(bench, client, 2)
+    expected = state_of(bench, client)
+    (file,) = bench.points_folder.glob(f"*/*/{newest.seq_id}/state.safetensors")
+    if damage == "gone":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    bench.restart()
+    with caplog.at_level(logging.INFO):
+        bench.run(client.train(4, forward_only=True))
+    assert [text.partition(" after ")[2] for text in replayed(bench, caplog)] == [
+        "recovery point 4",
+        "recovery point 2",
+    ]
+    assert_equal(state_of(bench, client), expected)
+
+
+def test_only_the_newest_stay(bench):
+    client = Client(bench)
+    bench.run(client.create())
+    for seed in range(KEPT + 2):
+        step_with_point(bench, client, seed)
+    kept = sorted(point.seq_id for point in bench.points.of(client.model_id))
+    assert kept == [2 * step for step in range(3, KEPT + 3)]
+    assert sorted(int(folder.name) for folder in bench.points_folder.glob("*/*/*")) == kept
+
+
+def test_points_of_finished_and_of_long_silent_sessions_go(bench):
+    clients = [Client(bench, f"sess-{name}") for name in "abc"]
+    for client in clients:
+        bench.run(client.create())
+        step_with_point(bench, client, 1)
+    with writing(bench.db) as db:
+        for client, finished, heartbeat in zip(
+            clients, (now(), None, None), (now(), now() - SILENT_S - 1, now() - SILENT_S + 600), strict=True
+        ):
+            db.add(
+                Session(session_id=client.session_id, created_at=now(), heartbeat_at=heartbeat, finished_at=finished)
+            )
+    bench.points.prune()
+    assert [len(bench.points.of(client.model_id)) for client in clients] == [0, 0, 1]
+    assert [folder.name for folder in bench.points_folder.glob("*") if any(folder.glob("*/*"))] == ["sess-c:train:0"]
+
+
+def test_a_folder_that_a_crash_left_without_a_row_goes_at_the_next_start(bench):
+    client = Client(bench)
+    bench.run(client.create())
+    kept = step_with_point(bench, client, 1)
+    orphan = bench.points_folder / client.model_id / "weights" / "999"
+    orphan.mkdir()
+    bench.restart()
+    assert not orphan.exists()
+    assert_equal(bench.points.read(kept), bench.points.read(kept))
+
+
+def test_a_disk_that_takes_no_point_costs_no_step(bench):
+    client = Client(bench)
+    bench.run(client.create(), client.train(1))
+    bench.points_folder.mkdir(exist_ok=True)
+    (bench.points_folder / client.model_id).write_text("a file where the folder should be")
+    bench.points.computed(HOUR_S)
+    assert body_of(bench.run(client.step())[0])["metrics"]
+    body_of(bench.run(client.train(2))[0])
+    assert bench.points.of(client.model_id) == []
+
+
+class Costs:
+    """Points whose copy takes a fixed time on a clock that only the copy moves."""
+
+    def __init__(self, tmp_path, bench, copy_s: float) -> None:
+        self.time = 0.0
+        self.copy_s = copy_s
+        self.exports = 0
+        self.points = RecoveryPoints(bench.db, tmp_path / "costs", BASE, self.export, clock=lambda: self.time)
+
+    def export(self, _model_id: str) -> ModelState:
+        self.exports += 1
+        self.time += self.copy_s
+        zeros = {"layers.0.q_proj.lora_A": np.zeros((2, 2), np.float32)}
+        return ModelState(LoraConfig(rank=2, seed=0), zeros, zeros, zeros, 1)
+
+    def train(self, seconds: float) -> bool:
+        """Train 100 tokens in so many seconds, then step; whether a point was taken."""
+        self.seq_id = getattr(self, "seq_id", 0) + 1
+        self.points.computed(seconds)
+        self.points.trained("m", 100)
+        taken = self.points.after_step("m", self.seq_id)
+        while self.points._writing:
+            self.points.collect()
+        return taken
+
+
+def test_points_cost_no_more_than_their_share_of_the_training_time(tmp_path, bench):
+    costs = Costs(tmp_path, bench, copy_s=1.0)
+    step_s = 5.0
+    taken = [costs.train(step_s) for _ in range(200)]
+    assert 0 < sum(taken) * costs.copy_s <= SHARE * 200 * step_s
+    assert sum(taken) * costs.copy_s > 0.8 * SHARE * 200 * step_s, "and are as fresh as that allows"
+    assert costs.exports == sum(taken)
+
+
+def test_little_training_is_not_worth_a_point(tmp_path, bench):
+    costs = Costs(tmp_path, bench, copy_s=0.0)
+    assert not costs.train(0.4 * MIN_TRAINED_S)
+    assert not costs.train(0.4 * MIN_TRAINED_S)
+    assert costs.train(0.4 * MIN_TRAINED_S)
+
+
+def test_moe_states_come_back_bit_for_bit(tmp_path, database_url, tiny_qwen3_moe):
+    bench = Bench(tmp_path, database_url, tiny_qwen3_moe, worker=new_worker(tiny_qwen3_moe))
+    client = Client(bench, rank=6)
+    bench.run(client.create())
+    point = step_with_point(bench, client, 1)
+    assert_equal(bench.points.read(point), state_of(bench, client))
+    bench.close()
