@@ -102,6 +102,44 @@ def test_an_engine_that_cannot_start_is_not_started_again(supervise, trace):
     assert supervisor.failure
 
 
+BECOMES_READY = """
+import os, sys
+tries = open(sys.argv[1], "a+")
+tries.seek(0)
+count = len(tries.read().split())
+tries.write("try ")
+tries.close()
+if count < 6:
+    raise SystemExit(3)
+os.write(int(os.environ["TX_READY_FD"]), b"r")
+os.read(int(os.environ["TX_PARENT_FD"]), 1)
+"""
+
+
+def test_a_crash_loop_is_a_failure_and_ends_with_the_first_engine_that_gets_ready(supervise, trace, monkeypatch):
+    monkeypatch.setattr("tx.tinker.supervisor._MAX_BACKOFF_S", 0.5)
+    supervisor = supervise(BECOMES_READY)
+    supervisor.start()
+    failure = wait_for(lambda: supervisor.failure)
+    assert "5 times in a row" in failure
+    assert "exit code 3" in failure
+    wait_for(lambda: supervisor.failure is None)
+    assert supervisor.pid is not None
+    assert supervisor.restarts == 6
+
+
+def test_engines_that_were_of_use_are_no_crash_loop(supervise, trace):
+    ready = "import os; os.write(int(os.environ['TX_READY_FD']), b'r')\n" + LIVES
+    supervisor = supervise(ready, of_use_s=0.0)
+    supervisor.start()
+    for count in range(1, 8):
+        pid = int(wait_for(lambda wanted=count: lines(trace)[wanted - 1 :])[0])
+        wait_for(lambda wanted=pid: supervisor.pid == wanted)
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: supervisor.restarts == 7)
+    assert supervisor.failure is None
+
+
 def test_no_orphan_when_the_supervising_process_is_killed(trace):
     parent = f"""
 import sys

@@ -443,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)
             if not stopping.is_set():
                 ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
+                startup.say_ready()
                 log.info("ready")
                 engine.run(stopping.is_set)
             log.info("stopped")

@@ -1,7 +1,10 @@
 """Start the engine process, watch it, start it again when it dies, stop it in time. It never looks inside.
 
 The child holds the read end of a pipe whose write end only this process has: when this process dies, however it dies,
-the engine reads end-of-file and exits, so there are no orphans.
+the engine reads end-of-file and exits, so there are no orphans. Through a second pipe the child says that it is ready.
+
+An engine that dies again and again before it is of use is a failure that ``/healthz`` tells of. It is still started
+again, once a minute: whatever keeps it down (a full disk, a database that is away) may go.
 """
 
 from __future__ import annotations
@@ -20,13 +23,19 @@ log = logging.getLogger(__name__)
 PARENT_FD = "TX_PARENT_FD"
 """Environment variable with the number of the pipe's read end in the engine process."""
 
+READY_FD = "TX_READY_FD"
+"""Environment variable with the number of a pipe's write end: a byte says that the engine is ready."""
+
 EXIT_STARTUP = 2
 """The engine said in one sentence why it can't start; starting it again would not help."""
 
 _STOP_GRACE_S = 3.0
-_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
-_STABLE_S = 60.0
-"""An engine that lived this long starts the back-off anew when it dies."""
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
+_OF_USE_S = 10.0
+"""An engine that was ready for so long was of use: when it dies, counting and back-off start anew."""
+
+MAX_DEATHS = 5
+"""So many deaths in a row, none of an engine that was of use, are a failure."""
 
 
 class Supervisor:
@@ -39,12 +48,19 @@ class Supervisor:
         *,
         on_fatal: Callable[[int], None] = lambda code: None,
         first_backoff_s: float = _FIRST_BACKOFF_S,
+        of_use_s: float = _OF_USE_S,
     ) -> None:
-        """``argv``: the whole command. ``on_fatal``: called (in a thread) when the engine can't start at all."""
+        """``argv``: the whole command. ``on_fatal``: called (in a thread) when the engine can't start at all.
+
+        Attributes:
+            restarts: how often the engine had to be started again.
+            failure: why there is no engine that is of use, until there is one.
+        """
         self._argv = list(argv)
         self._environ = dict(environ or {})
         self._on_fatal = on_fatal
         self._first_backoff_s = first_backoff_s
+        self._of_use_s = of_use_s
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -89,45 +105,64 @@ class Supervisor:
 
     def _spawn(self) -> None:
         read_end, write_end = os.pipe()
+        ready_read, ready_write = os.pipe()
         try:
             with self._lock:
                 if self._stopping.is_set():
                     return
+                pipes = {PARENT_FD: str(read_end), READY_FD: str(ready_write)}
                 self._process = subprocess.Popen(
                     self._argv,
-                    env=os.environ | self._environ | {PARENT_FD: str(read_end)},
-                    pass_fds=(read_end,),
+                    env=os.environ | self._environ | pipes,
+                    pass_fds=(read_end, ready_write),
                     stdin=subprocess.DEVNULL,
                     # Ctrl-C in the terminal reaches only this process, which then stops the engine in order.
                     start_new_session=True,
                 )
-                self._process_pipe = write_end
-                write_end = -1
+                self._process_pipes = write_end, ready_read
+                write_end = ready_read = -1
         finally:
-            os.close(read_end)
-            if write_end >= 0:
-                os.close(write_end)
+            for descriptor in (read_end, write_end, ready_read, ready_write):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _watch(self) -> None:
-        backoff_s = self._first_backoff_s
+        backoff_s, deaths = self._first_backoff_s, 0
         while self._process is not None:
-            started = time.monotonic()
-            code = self._process.wait()
-            os.close(self._process_pipe)
+            ready_at, code = self._await_death(self._process)
             if self._stopping.is_set():
                 return
             if code == EXIT_STARTUP and self.restarts == 0:
                 self.failure = "The engine can't start; its message is in the log."
                 self._on_fatal(code)
                 return
-            if time.monotonic() - started > _STABLE_S:
-                backoff_s = self._first_backoff_s
+            if ready_at is not None and time.monotonic() - ready_at > self._of_use_s:
+                backoff_s, deaths = self._first_backoff_s, 0
+            deaths += 1
+            if deaths >= MAX_DEATHS:
+                self.failure = (
+                    f"The engine died {deaths} times in a row, the last time with exit code {code}; its log says why. "
+                    f"It is started again every {_MAX_BACKOFF_S:.0f} s."
+                )
+                backoff_s = max(backoff_s, _MAX_BACKOFF_S)
             log.error("The engine exited with code %d; starting it again in %.1f s.", code, backoff_s)
             if self._stopping.wait(backoff_s):
                 return
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
             self.restarts += 1
             self._spawn()
+
+    def _await_death(self, process: subprocess.Popen[bytes]) -> tuple[float | None, int]:
+        """When the engine got ready, if it did, and its exit code."""
+        parent_pipe, ready_pipe = self._process_pipes
+        ready_at = None
+        while os.read(ready_pipe, 1):  # end-of-file comes with its death
+            ready_at = time.monotonic()
+            self.failure = None
+        code = process.wait()
+        os.close(parent_pipe)
+        os.close(ready_pipe)
+        return ready_at, code
 
 
 def engine_command(argv: Sequence[str]) -> list[str]:
