@@ -12,6 +12,7 @@ import orjson
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.db import Job, Model, Sampler, now, open_database, writing
 from tx.tinker.engine import Engine
+from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.recovery_points import RecoveryPoints
@@ -42,12 +43,15 @@ class Bench:
 
     def _new_engine(self) -> Engine:
         self.points = RecoveryPoints(self.db, self.points_folder, BASE, self.worker.export_model)
-        return Engine(self.db, self.signal, self.worker, self.folders, self.points, BASE, sample_room=self.room)
+        self.in_flight = InFlight(self.points_folder / "in-flight")
+        return Engine(
+            self.db, self.signal, self.worker, self.folders, self.points, self.in_flight, BASE, sample_room=self.room
+        )
 
     def restart(self) -> None:
-        self.jobs.requeue(BASE)
         self.worker = new_worker(self.model_folder)
         self.engine = self._new_engine()
+        self.jobs.requeue(BASE, self.in_flight.suspects)
 
     def close(self) -> None:
         self.signal.close()

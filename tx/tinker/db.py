@@ -16,7 +16,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, UniqueConstraint, create_engine, event, text
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.engine import Engine as Database
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Field, SQLModel
 from sqlmodel import Session as DbSession
 
@@ -26,6 +27,9 @@ _MIGRATION_LOCK = 0x7478_0001
 """Key of the PostgreSQL advisory lock under which one process at a time migrates."""
 
 _BUSY_TIMEOUT_S = 30.0
+
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""What is raised while the database can't be reached or can't be written: nobody's request is to blame."""
 
 
 class Session(SQLModel, table=True):
@@ -154,6 +158,8 @@ class Job(SQLModel, table=True):
     """Of a sample that runs for longer than an instant: when the worker got it."""
     finish_seq: int | None = Field(default=None, sa_type=BigInteger)
     """Order in which the jobs of one sampler finished: 1, 2, 3, …"""
+    attempts: int = 0
+    """How many engines died while their worker had it."""
 
 
 class Cancellation(SQLModel, table=True):

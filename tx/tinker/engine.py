@@ -14,6 +14,9 @@ The life of a job:
 8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server". Only a job whose model
    turns out to be lost starts again, once, behind the model's rebuild.
 
+A database that is away fails nothing: commits are tried for a while, then the process ends, and starts again when the
+database is back. A job that was there when engines died is tried alone, and fails when that has gone on for too long.
+
 A sample that is cancelled meanwhile is dropped wherever it stands, and its slots go to the next. After a crash the jobs
 that were running are claimed again, and models come back on their first job. It serves no HTTP.
 """
@@ -36,7 +39,8 @@ from tx.errors import InvalidInput, ModelLost, StartupError, TxError
 from tx.tinker import recordings, startup
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
-from tx.tinker.db import Checkpoint, Job, now, reading, writing
+from tx.tinker.db import AWAY, Checkpoint, Job, now, reading, writing
+from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.rebuild import Rebuilds
@@ -54,6 +58,13 @@ log = logging.getLogger(__name__)
 MAX_WAITING_SAMPLES = 256
 MAX_WAITING_TRAINING = 256
 """Claimed jobs kept in memory per sort: enough to plan with, while a flood of one sort can't lock the other out."""
+
+ALONE_AFTER = 2
+MAX_ATTEMPTS = 6
+"""A job that was with the worker when so many engines died runs alone, and then fails. Others are not to blame."""
+
+COMMIT_WAITS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Pauses between attempts to commit while the database is away."""
 
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
@@ -83,6 +94,7 @@ class Engine:
         worker: Worker,
         folders: CheckpointFolders,
         points: RecoveryPoints,
+        in_flight: InFlight,
         base_model: str,
         *,
         sample_room: int,
@@ -99,6 +111,7 @@ class Engine:
         self._sessions = Sessions(db)
         self._work = Work(db, worker, folders, base_model)
         self._points = points
+        self._in_flight = in_flight
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work, points)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
@@ -116,7 +129,7 @@ class Engine:
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Work until told to stop; what is unfinished then goes back to the table."""
-        requeued = self._jobs.requeue(self._base_model)
+        requeued = self._jobs.requeue(self._base_model, self._in_flight.suspects)
         if requeued:
             log.info("%d jobs of the previous engine start again", requeued)
         self._jobs.take_cancelled(self._base_model)  # that engine had them; nobody has them now
@@ -126,6 +139,7 @@ class Engine:
         self._writer.shutdown(wait=False, cancel_futures=True)
         self._points.close()
         self._jobs.requeue(self._base_model)
+        self._in_flight.close()
 
     def step(self) -> bool:
         """One round of the loop; False if there was nothing to do."""
@@ -166,6 +180,9 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         request_id = job.request_id or 0
+        if job.attempts >= MAX_ATTEMPTS:
+            self._fail(job, TxError(f"The engine died {job.attempts} times while it had this {job.kind}; given up."))
+            return
         try:
             sampler_id = job.sampler_id if job.kind == SAMPLE else made_sampler(job)
             header = JobHeader(
@@ -201,9 +218,18 @@ class Engine:
                 _, job = self._waiting.pop(header.request_id)
                 barrier = self._last_barrier.get(header.model_id or "")
                 self._fail(job, InvalidInput("seq_id", header.seq_id, f"above {barrier}, which has already run"))
-            for header in decision.start:
-                if header.request_id not in self._blocked:
-                    self._start(header)
+            startable = [header for header in decision.start if header.request_id not in self._blocked]
+            for header in self._suspect_first(startable):
+                self._start(header)
+
+    def _suspect_first(self, startable: list[JobHeader]) -> list[JobHeader]:
+        """All of these, unless one of them may have killed engines: then that one, when nothing else runs."""
+        if any(job.attempts >= ALONE_AFTER for _, job in self._running.values()):
+            return []
+        suspects = [header for header in startable if self._waiting[header.request_id][1].attempts >= ALONE_AFTER]
+        if not suspects:
+            return startable
+        return [] if self._running else suspects[:1]
 
     def _num_sampling(self) -> int:
         return sum(header.num_sequences for header, _ in self._running.values() if header.is_sample)
@@ -220,7 +246,10 @@ class Engine:
                 self._blocked[header.request_id] = missing
                 return
             del self._waiting[header.request_id]
+            self._in_flight.set([*self._running, header.request_id])
             outcome = self._work.start(job)
+        except AWAY:
+            raise
         except Exception as error:
             self._waiting.pop(header.request_id, None)
             if not self._starts_again(header, job, error):
@@ -235,7 +264,7 @@ class Engine:
         if isinstance(outcome, Writing):
             self._writing[header.request_id] = job, outcome, self._writer.submit(outcome.write)
         else:
-            self._jobs.commit([outcome])
+            self._commit([outcome])
             if job.kind == "optim_step":
                 self._points.after_step(job.model_id or "", job.seq_id)
         self._passed(header)
@@ -359,7 +388,19 @@ class Engine:
                 self._fail(job, error)
             self._passed(header)
         if outcomes:
-            self._jobs.commit(outcomes)
+            self._commit(outcomes)
+        self._in_flight.set(self._running)
+
+    def _commit(self, outcomes: Sequence[Outcome]) -> None:
+        """Commit, and again while the database is away: an outcome that is lost would be computed anew."""
+        for wait_s in COMMIT_WAITS_S:
+            try:
+                self._jobs.commit(outcomes)
+                return
+            except AWAY as error:
+                log.warning("results can't be committed, next try in %.1f s: %s", wait_s, error.args[0])
+                time.sleep(wait_s)
+        self._jobs.commit(outcomes)
 
     def _collect_writes(self) -> None:
         self._points.collect()
@@ -368,7 +409,9 @@ class Engine:
                 continue
             del self._writing[request_id]
             try:
-                self._jobs.commit([writing_job.outcome(future.result())])
+                self._commit([writing_job.outcome(future.result())])
+            except AWAY:
+                raise
             except Exception as error:
                 self._work.abandon(writing_job)
                 self._fail(job, error)
@@ -436,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ready.worker,
                 ready.folders,
                 RecoveryPoints(ready.db, config.recovery_folder, config.base_model_name, ready.worker.export_model),
+                InFlight(config.recovery_folder / "in-flight"),
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
             )

@@ -204,9 +204,12 @@ class JobTable:
                 running = update(Job).where(col(Job.request_id).in_(chunk), col(Job.status) == "running")
                 session.exec(running.values(started_at=now()))
 
-    def requeue(self, base_model: str) -> int:
-        """Put the running jobs of a dead engine back; how many there were."""
+    def requeue(self, base_model: str, suspects: Collection[int] = ()) -> int:
+        """Put the running jobs of a dead engine back; how many there were. ``suspects`` were there when it died."""
         with writing(self._db) as session:
+            for chunk in _chunks(suspects):
+                there = update(Job).where(col(Job.request_id).in_(chunk), col(Job.status) == "running")
+                session.exec(there.values(attempts=col(Job.attempts) + 1))
             statement = update(Job).where(col(Job.status) == "running", col(Job.base_model) == base_model)
             count = _rows(session, statement.values(status="pending", claimed_at=None, started_at=None))
         self._announce("appended")

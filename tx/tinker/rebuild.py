@@ -14,7 +14,7 @@ from sqlmodel import select
 
 from tx.errors import ModelLost, NotFound, TxError
 from tx.tinker.checkpoints import BrokenCheckpoint
-from tx.tinker.db import Checkpoint, RecoveryPoint, reading
+from tx.tinker.db import AWAY, Checkpoint, RecoveryPoint, reading
 from tx.tinker.jobs import JobTable
 from tx.tinker.recovery import Replay, plan_replay
 from tx.tinker.recovery_points import RecoveryPoints
@@ -79,6 +79,8 @@ class Rebuilds:
                 next(rebuild)
             except StopIteration:
                 ended[key] = None
+            except AWAY:
+                raise
             except Exception as error:
                 ended[key] = error if isinstance(error, TxError) else ModelLost(f"{key} can't be rebuilt: {error}")
                 if not isinstance(error, TxError):

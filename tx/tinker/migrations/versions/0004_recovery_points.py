@@ -1,4 +1,4 @@
-"""Recovery points of models."""
+"""Recovery points of models; how often a job was there when its engine died."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,6 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    op.add_column("job", sa.Column("attempts", sa.Integer(), nullable=False, server_default="0"))
     op.create_table(
         "recoverypoint",
         sa.Column("model_id", sa.String(), nullable=False),
@@ -24,3 +25,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("recoverypoint")
+    op.drop_column("job", "attempts")
