@@ -48,6 +48,7 @@ class Server:
         COMPILE_CACHE.mkdir(parents=True, exist_ok=True)
         (folder / "xla-cache").symlink_to(COMPILE_CACHE)
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment = environment()
         self._command = [sys.executable, "-m", "tx.tinker.api", "--base-model", str(model)]
         self._command += ["--served-model-name", BASE_MODEL, "--port", str(self.port), "--data-dir", str(folder)]
         self._command += ["--max-lora-rank", str(rank), *flags]
@@ -61,15 +62,19 @@ class Server:
 
     def start(self) -> None:
         """Start the process and wait until the engine is ready."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start the process."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=log,
-                env=environment() | {"SERVER_UNDER_TEST": str(self.folder)},
+                env=self.environment | {"SERVER_UNDER_TEST": str(self.folder)},
                 start_new_session=True,
             )
-        self.wait_ready()
 
     def wait_ready(self) -> None:
         """Poll /healthz until it says that the engine is ready; the log's end in the error if it never does."""

@@ -1,0 +1,233 @@
+"""Kill a server's processes, at instants and at random, while tenants work on it; compare with a run without faults."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+from safetensors.numpy import load_file
+from sqlmodel import func, select
+
+from tests.faults.client import Lost
+from tests.faults.tenants import Result, run_round
+from tests.support.server import Server, environment
+from tx.tinker.db import Job, open_database, reading
+from tx.tinker.wire.paths import parse_path
+
+INJECT = Path(__file__).parent / "inject"
+
+ENGINE_POINTS = tuple(
+    f"{name}:{when}"
+    for name in (
+        "claim", "commit", "train", "step", "snapshot", "sample", "restore", "park", "write", "point", "point-row",
+        "rebuild", "requeue",
+    )
+    for when in ("before", "after")
+)  # fmt: skip
+API_POINTS = ("append:before", "append:after", "answer:before", "answer:after")
+
+STEPS = 6
+_ARMED_S = 4.0
+"""How long to wait for a process to come by an armed point."""
+
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Report:
+    """What happened. ``fired`` counts the kills by their kind."""
+
+    rounds: int = 0
+    answers: int = 0
+    fired: Counter[str] = field(default_factory=Counter)
+    bit_equal: int = 0
+    within_tolerance: int = 0
+    jobs: int = 0
+    unfired: int = 0
+    seconds: float = 0.0
+
+    @property
+    def kills(self) -> int:
+        """How many faults really fired."""
+        return sum(self.fired.values())
+
+
+class Faults:
+    """The kills of one run, in a thread of their own until ``kills`` have fired or ``stop``."""
+
+    def __init__(self, server: Server, folder: Path, kills: int, rng: random.Random, report: Report) -> None:
+        self._server = server
+        self._folder = folder
+        self._kills = kills
+        self._rng = rng
+        self._report = report
+        self._stop = threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="faults")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether all kills have fired."""
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """No more kills; the server is up when this returns."""
+        self._stop.set()
+        self._thread.join()
+        self._revive()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            while self._report.kills < self._kills and not self._stop.is_set():
+                self._one()
+                self._revive()
+                # Mostly in the middle of work, and one time in four while everything is still coming back.
+                if self._rng.random() < 0.75:
+                    self._await_ready()
+                self._stop.wait(self._rng.uniform(0.0, 1.0))
+        except BaseException as error:
+            self.error = error
+
+    def _one(self) -> None:
+        kind = self._rng.choices(("point", "engine", "api point", "api", "both"), (60, 15, 12, 7, 6))[0]
+        if kind in ("point", "api point"):
+            point = self._rng.choice(ENGINE_POINTS if kind == "point" else API_POINTS)
+            if self._fire_at(point):
+                self._report.fired[point] += 1
+            else:
+                self._report.unfired += 1
+            return
+        pids = self._server.engine_pids() if kind != "api" else []
+        if kind != "engine" and self._server.process is not None:
+            pids.append(self._server.process.pid)
+        killed = 0
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            except ProcessLookupError:
+                pass
+        if killed:
+            self._report.fired[f"{kind} at random"] += 1
+
+    def _fire_at(self, point: str) -> bool:
+        """Arm one point; whether a process died of it."""
+        armed, fired = self._folder / "armed", self._folder / "fired"
+        before = fired.read_text() if fired.exists() else ""
+        temporary = self._folder / "arming"
+        temporary.write_text(f"{point} {self._rng.randrange(4)} {self._rng.getrandbits(40):x}")
+        temporary.rename(armed)
+        deadline = time.monotonic() + _ARMED_S
+        while time.monotonic() < deadline and not self._stop.is_set():
+            if fired.exists() and fired.read_text() != before:
+                return True
+            time.sleep(0.01)
+        armed.unlink(missing_ok=True)
+        time.sleep(0.05)
+        return fired.exists() and fired.read_text() != before
+
+    def _revive(self) -> None:
+        process = self._server.process
+        if process is not None and process.poll() is not None:
+            self._server.launch()
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not self._stop.is_set():
+            try:
+                if httpx.get(f"{self._server.url}/api/v1/healthz", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                self._revive()
+            time.sleep(0.05)
+
+
+def run(
+    model: Path,
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    database_url: str | None = None,
+    progress: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Rounds of tenants until so many faults have fired; raises Lost, Hung or AssertionError for what went wrong."""
+    began = time.monotonic()
+    faults_folder = folder / "faults"
+    faults_folder.mkdir(parents=True)
+    flags = ["--max-lora-adapters", "2"]  # four tenants: they are parked and restored all the time
+    if database_url is not None:
+        flags += ["--database-url", database_url]
+    report = Report()
+    server = Server(model, folder, *flags)
+    server.environment = environment() | {
+        "TX_FAULTS": str(faults_folder),
+        "PYTHONPATH": os.pathsep.join((str(INJECT), str(INJECT.parents[2]))),
+    }
+    with server:
+        fault_free: dict[int, Result] = {}
+        run_round(server.url, STEPS, seed, lambda result: fault_free.update({result.tenant.seed: result}))
+        expected = {number: _tensors(folder, result) for number, result in fault_free.items()}
+
+        def check(result: Result) -> None:
+            result.compare(fault_free[result.tenant.seed])
+            if _compare(_tensors(folder, result), expected[result.tenant.seed], exact=result.tenant.exact):
+                report.bit_equal += 1
+            else:
+                report.within_tolerance += 1
+
+        while report.kills < kills:
+            faults = Faults(server, faults_folder, kills, random.Random(f"{seed}/{report.rounds}"), report)
+            try:
+                report.answers += run_round(server.url, STEPS, seed + report.rounds + 1, check)
+            finally:
+                faults.stop()
+            report.rounds += 1
+            progress(report)
+        report.jobs = _check_jobs(server, database_url)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _tensors(folder: Path, result: Result) -> dict[str, np.ndarray]:
+    """Weights and moments of the final checkpoint."""
+    checkpoint = folder / "checkpoints" / parse_path(result.path).folder
+    tensors: dict[str, np.ndarray] = {}
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        tensors |= load_file(checkpoint / name)
+    return tensors
+
+
+def _compare(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, exact: bool) -> bool:
+    """Whether they are the same to the bit; raises if they aren't even near."""
+    assert got.keys() == expected.keys()
+    equal = all(np.array_equal(array, expected[name]) for name, array in got.items())
+    if exact and not equal:
+        raise Lost("an adapter differs from the one without faults")
+    for name, array in got.items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    return equal
+
+
+def _check_jobs(server: Server, database_url: str | None) -> int:
+    """Every request has exactly one job, and every job has ended well; how many there are."""
+    db = open_database(database_url or f"sqlite:///{server.folder / 'tx.db'}")
+    with reading(db) as session:
+        counts = dict(session.exec(select(Job.status, func.count()).group_by(Job.status)).all())
+        failed = session.exec(select(Job.kind, Job.error).where(Job.status == "failed").limit(3)).all()
+    db.dispose()
+    if set(counts) != {"done"}:
+        raise Lost(f"jobs: {counts}, {failed}")
+    return counts["done"]
