@@ -113,15 +113,16 @@ def _matching(db: DbSession, request: requests.SearchSessions, conditions: Seque
     )
     words = request.display_name.casefold().split() if request.display_name is not None else None
     ids: list[str] = []
-    for session_id, display_name, user_metadata in db.exec(query.execution_options(yield_per=_ROWS_AT_ONCE)):
-        name = (display_name or "").casefold()
-        if words is not None and session_id != request.session_id and not all(word in name for word in words):
-            continue
-        if any(user_metadata.get(key) != value for key, value in request.user_metadata.items()):
-            continue
-        ids.append(session_id)
-        if len(ids) > request.limit:
-            break
+    with db.exec(query.execution_options(yield_per=_ROWS_AT_ONCE)) as rows:
+        for session_id, display_name, user_metadata in rows:
+            name = (display_name or "").casefold()
+            if words is not None and session_id != request.session_id and not all(word in name for word in words):
+                continue
+            if any(user_metadata.get(key) != value for key, value in request.user_metadata.items()):
+                continue
+            ids.append(session_id)
+            if len(ids) > request.limit:
+                break
     return ids
 
 

@@ -140,7 +140,7 @@ class FinishedQuery(_Strict):
 class SearchCursor(_Strict):
     """The last session of the page before."""
 
-    last_created_at: AwareDatetime
+    last_created_at: Annotated[AwareDatetime, Field(strict=False)]  # after _drop_nulls, strict would refuse text
     last_session_id: Id
 
 
