@@ -78,7 +78,7 @@ def test_a_run_is_corrupted_while_its_last_answer_is_the_servers_failure(client,
     assert not answered("failed", error="adam_params: no", category="user")
     assert answered("failed", error="lost", category="server")
     assert answered("failed", error="adam_params: no", category="user"), "a refusal says nothing of the model"
-    assert answered("pending", finished_at=None)
+    assert answered("running", finished_at=None)
     assert client.get("training_runs").json()["training_runs"][0]["corrupted"]
     assert not answered("done")
 
