@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from sqlalchemy import text
 from sqlmodel import select
 
 from tests.tinker.test_sessions import model_row
@@ -145,6 +146,24 @@ def test_of_copies_deleted_at_once_exactly_one_takes_the_files(db, rows):
     [thread.join() for thread in threads]
     assert len(told) == len(copies)
     assert [row.folder for row in told if row is not None] == ["shared"]
+
+
+def test_a_copy_that_is_made_while_its_source_is_deleted_keeps_the_files(postgres_url):
+    db, told = open_database(postgres_url), []
+    add(db, "a", folder="shared")
+    deletion = threading.Thread(target=lambda: told.append(CheckpointRows(db, lambda: 1.0).delete(MODEL, "weights/a")))
+    with writing(db) as copying:
+        copying.exec(select(Checkpoint).with_for_update()).one()
+        deletion.start()
+        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        with db.connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
+            while watching.execute(waiting).scalar_one() == 0:
+                assert deletion.is_alive(), "it did not wait for the source's lock"
+        copy = {"model_id": "s:train:1", "kind": "weights", "name": "a", "size_bytes": 7, "created_at": 1.0}
+        copying.add(Checkpoint(folder="shared", **copy))
+    deletion.join()
+    db.dispose()
+    assert told == [None]
 
 
 def test_many_expire_in_several_transactions(db, rows, monkeypatch):

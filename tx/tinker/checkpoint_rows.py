@@ -125,14 +125,15 @@ def _delete(
     """Delete the condemned rows of these folders; those of them, one per folder, whose folder no other row names."""
     # All rows of a folder are locked, in one order: of two deletions at once, the second sees that it is the last.
     query = select(Checkpoint).where(col(Checkpoint.folder).in_(folders)).order_by(col(Checkpoint.id))
-    kept, gone = set(), {}
+    gone = {}
     for row in db.exec(query.with_for_update()).all():
-        if not condemned(row):
-            kept.add(row.folder)
-            continue
-        gone[row.folder] = row
-        db.delete(row)
-        db.add(_entry(event, row, size_bytes=row.size_bytes))
+        if condemned(row):
+            gone[row.folder] = row
+            db.delete(row)
+            db.add(_entry(event, row, size_bytes=row.size_bytes))
+    db.flush()
+    # Asked again: on PostgreSQL the query above does not see a copy that was made while it waited for its locks.
+    kept = set(db.exec(select(Checkpoint.folder).where(col(Checkpoint.folder).in_(gone))).all())
     return [row for folder, row in gone.items() if folder not in kept]
 
 
