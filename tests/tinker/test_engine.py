@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_shape_or_kind_is_refused(bench):
     fails(jobs[1], "user", "path", "training checkpoint")
 
 
-def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_goes(bench):
+def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_is_none(bench):
     client = Client(bench)
     bench.run(client.create(), client.do("save_weights", path="ck"), client.do("save_weights", path="old"))
     folder = bench.folders.folder(paths.parse_path("tinker://sess-a:train:0/weights/ck"))
@@ -238,11 +238,6 @@ def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_goes(bench):
         db.merge(Checkpoint(**(db.get(Checkpoint, 2).model_dump() | {"expires_at": now() - 1})))
     old = paths.parse_path("tinker://sess-a:train:0/weights/old")
     fails(bench.run(client.do("load_weights", path=str(old), optimizer=True))[0], "user", "old")
-    assert bench.folders.folder(old).exists()
-    bench.engine._next_housekeeping = 0.0
-    bench.engine.step()
-    assert not bench.folders.folder(old).exists()
-    assert folder.exists()
 
 
 # ---- sampling ----

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, verified when read, deleted when expired.
+"""Checkpoint folders: written whole or not at all, verified when read.
 
 A folder is ``<base>/<model_id>/<weights|sampler_weights>/<name>``. It is written beside its place, synced and renamed,
 so a folder under its own name is complete. ``tx_checkpoint.json`` holds the size and SHA-256 of every other file, and

@@ -31,15 +31,13 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
-from sqlmodel import col, select
 
 from tx.errors import InvalidInput, ModelLost, StartupError, TxError
 from tx.tinker import recordings, startup
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
-from tx.tinker.db import AWAY, Checkpoint, Job, now, reading, writing
+from tx.tinker.db import AWAY, Job, now
 from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
@@ -47,7 +45,6 @@ from tx.tinker.rebuild import Rebuilds
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
-from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import Work, Writing, made_sampler
 from tx.types import Finished
 from tx.utils import log as log_setup
@@ -434,7 +431,7 @@ class Engine:
     # ---- now and then -----------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Say which samples run; park idle models; delete what has expired: checkpoints, recordings, old results."""
+        """Say which samples run; park idle models; delete what has expired: recordings, old results."""
         if self._unmarked and now() >= self._next_mark:
             self._next_mark = now() + MARK_STARTED_EVERY_S
             # Most are over before their turn here: those cost no write.
@@ -444,14 +441,6 @@ class Engine:
             return
         self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
         self._park_idle()
-        with reading(self._db) as session:
-            query = select(Checkpoint).where(col(Checkpoint.expires_at) < now())
-            expired = session.exec(query).all()
-        for row in expired:
-            with writing(self._db) as session:
-                session.exec(delete(Checkpoint).where(col(Checkpoint.id) == row.id))
-            self._folders.delete(TinkerPath(row.model_id, row.kind, row.name))  # type: ignore[arg-type]
-            log.info("checkpoint %s/%s of %s has expired", row.kind, row.name, row.model_id)
         self._points.prune()
         recordings.prune(self._db, now() - recordings.KEPT_S)
         self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)

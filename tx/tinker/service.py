@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
+from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.config import TxConfig
 from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
 from tx.tinker.futures import Appender, Watcher
@@ -62,7 +63,7 @@ class Service:
     """One API process.
 
     Args:
-        clock: UTC seconds since the epoch, to judge heartbeats by.
+        clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class Service:
         self.db = db
         self.engine_process = engine_process
         self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
-        self._clock = clock
+        self.clock = clock
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
         self._count_lock = threading.Lock()
         self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
-        self.sessions = Sessions(db)
+        self.sessions = Sessions(db, clock)
+        self.checkpoints = CheckpointRows(db, clock)
         self.appender = Appender(self.jobs)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
@@ -176,23 +178,28 @@ class Service:
 
         Models and training are left alone: a client may come back to them.
         """
-        before = self._clock() - EXPIRED_AFTER_S
-        if before < self._up_since:  # while we were down, no heartbeat could reach us
-            before = 0.0
-        count = self.jobs.cancel(*self.jobs.abandoned_samples(before), error="Cancelled: its session is over.")
+        count = self.jobs.cancel(
+            *self.jobs.abandoned_samples(self.silent_before()), error="Cancelled: its session is over."
+        )
         if count:
             log.info("Cancelled %d samples of sessions that have ended or fallen silent", count)
         return count
 
+    def silent_before(self) -> float:
+        """An open session without a heartbeat since then has fallen silent; 0 while we can't tell.
+
+        While we were down, no heartbeat could reach us.
+        """
+        before = self.clock() - EXPIRED_AFTER_S
+        return before if before >= self._up_since else 0.0
+
     def sweep(self) -> None:
         """Housekeeping: what is past its time goes. Rows first: a folder without a row is only wasted space."""
-        self.jobs.prune(now() - KEEP_RESULTS_S)
+        at = self.clock()
+        self.jobs.prune(at - KEEP_RESULTS_S)
         with writing(self.db) as session:
-            session.exec(delete(RecordedSequence).where(col(RecordedSequence.used_at) < now() - KEEP_RECORDINGS_S))
-            expired = list(session.exec(select(Checkpoint).where(col(Checkpoint.expires_at) < now())).all())
-            for checkpoint in expired:
-                session.delete(checkpoint)
-        for checkpoint in expired:
+            session.exec(delete(RecordedSequence).where(col(RecordedSequence.used_at) < at - KEEP_RECORDINGS_S))
+        for checkpoint in self.checkpoints.expire():
             self.remove_folder(checkpoint)
 
     def remove_folder(self, checkpoint: Checkpoint) -> None:
@@ -209,6 +216,8 @@ def _service(request: Request) -> Service:
 Api = Annotated[Service, Depends(_service)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**31)]
+AccessScope = Literal["owned", "accessible"]
+"""Of a listing: what the caller owns, or may see. One user owns all that a server has, so both are the same."""
 
 
 def body[Body: BaseModel](model: type[Body]) -> Any:

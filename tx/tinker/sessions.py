@@ -6,7 +6,7 @@ A retried creation returns what the first one made: sessions by their idempotenc
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import cast
 
 from sqlalchemy import bindparam
@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, or_, select
 
 from tx.errors import InvalidInput, NotFound
+from tx.tinker import audit
 from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, reading, writing
 from tx.tinker.wire import paths
 
@@ -31,10 +32,15 @@ _MODEL_AND_SESSION = (
 
 
 class Sessions:
-    """The verbs. Any thread may call them; each call is one transaction."""
+    """The verbs. Any thread may call them; each call is one transaction.
 
-    def __init__(self, db: Database) -> None:
+    Args:
+        clock: UTC seconds since the epoch, for heartbeats, ends and expiry.
+    """
+
+    def __init__(self, db: Database, clock: Callable[[], float] = now) -> None:
         self._db = db
+        self._clock = clock
 
     def create(self, session: Session) -> str:
         """Store a new session under a fresh id; a retry (same idempotency key) gets the first one's id."""
@@ -68,7 +74,7 @@ class Sessions:
         with writing(self._db) as db:
             session = db.get(Session, session_id)
             if session is not None and session.finished_at is None:
-                session.heartbeat_at = now()
+                session.heartbeat_at = self._clock()
         if session is None:
             raise NotFound("session_id", session_id, "a session of this server")
         return session
@@ -80,7 +86,18 @@ class Sessions:
             if session is None:
                 raise NotFound("session_id", session_id, "a session of this server")
             if session.finished_at is None:
-                session.finished_at, session.finish_reason, session.finish_detail = now(), reason, detail
+                session.finished_at, session.finish_reason, session.finish_detail = self._clock(), reason, detail
+
+    def assign_project(self, session_id: str, project_id: str) -> None:
+        """Put a session, and with it all that it made, into a project, from wherever it is."""
+        with writing(self._db) as db:
+            session = db.get(Session, session_id, with_for_update=True)
+            if session is None:
+                raise NotFound("session_id", session_id, "a session of this server")
+            if session.project_id != project_id:
+                details = {"session_id": session_id, "project_id": project_id, "previous": session.project_id}
+                db.add(audit.entry("projects", "session.assign_project", **details))
+                session.project_id = project_id
 
     def model(self, model_id: str) -> Model:
         """A model, whatever became of its session."""
@@ -156,7 +173,9 @@ class Sessions:
         with reading(self._db) as db:
             checkpoint = db.exec(query).first()
             model = db.get(Model, path.model_id)
-        expired = checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at < now()
+        expired = (
+            checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at <= self._clock()
+        )
         if checkpoint is None or model is None or expired:
             raise NotFound(field, str(path), "the path of a checkpoint on this server")
         return checkpoint, model

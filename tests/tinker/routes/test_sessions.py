@@ -1,8 +1,15 @@
-"""Session routes: create once, heartbeat, finish, list."""
+"""Session routes: create once, heartbeat, finish, list, search, put into projects."""
 
 from __future__ import annotations
 
 import pytest
+from sqlmodel import select
+from tinker.types import SessionSearchRequest, SessionSearchResponse
+
+from tests.tinker.conftest import Client
+from tx.tinker.db import AuditEntry, now, open_database, reading
+from tx.tinker.service import Service
+from tx.tinker.sessions import EXPIRED_AFTER_S
 
 
 def test_c11_a_retried_creation_gives_the_same_session(client):
@@ -66,6 +73,93 @@ def test_finishing_a_session_cancels_its_samples_and_nobody_elses(client):
     assert (failure["category"], failure["error"]) == ("user", "Cancelled: its session was finished.")
     for future in (other, create):
         assert client.service.jobs.get(int(future["request_id"])).status == "pending"
+
+
+def test_sessions_are_searched_and_page(client):
+    made = [client.ask("create_session", display_name=f"run {number}")["session_id"] for number in range(3)]
+    request = SessionSearchRequest(display_name="RUN", limit=2)
+    first = client.post("sessions/search", json=request.model_dump(mode="json", exclude_none=True)).json()
+    page = SessionSearchResponse.model_validate(first)
+    assert [session.session_id for session in page.sessions] == [made[2], made[1]]
+    assert {session.status.type for session in page.sessions} == {"active"}
+    request = request.model_copy(update={"cursor": page.next_cursor})
+    last = client.post("sessions/search", json=request.model_dump(mode="json", exclude_none=True)).json()
+    assert [session["session_id"] for session in last["sessions"]] == [made[0]]
+    assert "next_cursor" not in last
+    assert len(client.ask("sessions/search")["sessions"]) == 3, "nothing given restricts nothing"
+
+
+def test_a_search_goes_by_the_services_clock(config, engine):
+    clock = [now()]
+    service = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+
+    def status() -> str | None:
+        (session,) = client.ask("sessions/search")["sessions"]
+        return session.get("status", {}).get("type")
+
+    with Client(service) as client:
+        session = client.new_session()
+        assert status() == "active"
+        clock[0] += EXPIRED_AFTER_S + 1
+        assert status() == "cancelled"
+        client.ask("session_heartbeat", session_id=session)
+        assert status() == "active"
+        clock[0] += EXPIRED_AFTER_S + 1
+        restarted = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+        with Client(restarted) as client:
+            assert status() is None, "it could not have been heard"
+        restarted.close()
+    service.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ({"limit": 0}, "limit"),
+        ({"limit": 201}, "limit"),
+        ({"display_name": ""}, "display_name"),
+        ({"display_name": "a\0"}, "display_name"),
+        ({"user_metadata": {"a": 1}}, "user_metadata.a"),
+        ({"project_ids": "p"}, "project_ids"),
+        ({"owner": {"type": "nobody"}}, "owner"),
+        ({"owner": {"type": "user"}}, "owner.user.owner_urns"),
+        ({"owner": {"type": "user", "owner_urns": ["u"] * 11}}, "owner.user.owner_urns"),
+        ({"statuses": []}, "statuses"),
+        ({"statuses": [{"type": "lost"}]}, "statuses.0"),
+        ({"statuses": [{"type": "client_finished", "reasons": ["tired"]}]}, "statuses.0.client_finished.reasons.0"),
+        ({"cursor": {"last_session_id": "s"}}, "cursor.last_created_at"),
+        ({"cursor": {"last_session_id": "s", "last_created_at": "2026-01-01T00:00:00"}}, "cursor.last_created_at"),
+        ({"order": "asc"}, "order"),
+    ],
+)
+def test_malformed_searches_are_400_and_name_the_field(client, body, names):
+    assert client.ask("sessions/search", 400, **body)["detail"].split(":")[0] == names
+
+
+def test_a_session_goes_into_a_project_and_to_another_but_never_out(client):
+    session = client.new_session()
+    url = f"sessions/{session}/project"
+
+    def project() -> str:
+        return client.ask("sessions/search", session_id=session)["sessions"][0]["project_id"]
+
+    assert project() == ""
+    for project_id in ("p", "p", "q"):
+        assert client.put(url, json={"project_id": project_id}).status_code == 200
+        assert project() == project_id
+    for body in ({}, {"project_id": None}, {"project_id": ""}, {"project_id": 5}):
+        refused = client.put(url, json=body)
+        assert refused.status_code == 400
+        assert refused.json()["detail"].startswith("project_id: ")
+    assert "not out of the one" in client.put(url, json={"project_id": None}).json()["detail"]
+    assert project() == "q"
+    assert client.put("sessions/nobody/project", json={"project_id": "p"}).status_code == 404
+    with reading(client.service.db) as db:
+        entries = db.exec(select(AuditEntry).order_by(AuditEntry.id)).all()
+    assert [(entry.category, entry.event, entry.details) for entry in entries] == [
+        ("projects", "session.assign_project", {"session_id": session, "project_id": "p", "previous": None}),
+        ("projects", "session.assign_project", {"session_id": session, "project_id": "q", "previous": "p"}),
+    ]
 
 
 @pytest.mark.parametrize(

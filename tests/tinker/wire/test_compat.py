@@ -35,6 +35,14 @@ def test_accepts_protobuf(accept, protobuf):
     assert compat.accepts_protobuf({"accept": accept} if accept else {}) is protobuf
 
 
+@pytest.mark.parametrize(
+    ("version", "reads"),
+    [("0.3.0", False), ("0.27.1", False), ("0.28.0", True), ("0.38.0", True), ("1.0", True), (None, True)],
+)
+def test_external_checkpoints_are_for_sdks_that_know_them(version, reads):
+    assert compat.reads_external({"x-stainless-package-version": version} if version else {}) is reads
+
+
 def test_media_type():
     assert compat.media_type("Application/JSON; charset=utf-8") == "application/json"
     assert compat.media_type(None) == "application/json"

@@ -1,4 +1,4 @@
-"""Create, heartbeat, finish, list sessions."""
+"""Create, heartbeat, finish, list, search sessions; put them into projects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, HTTPException, Request
 
-from tx.tinker import db
-from tx.tinker.service import Api, Limit, Offset, body
+from tx.errors import InvalidInput
+from tx.tinker import db, session_search
+from tx.tinker.service import AccessScope, Api, Limit, Offset, body
+from tx.tinker.sessions import EXPIRED_AFTER_S
 from tx.tinker.wire import requests, responses
 
 router = APIRouter()
@@ -21,7 +23,7 @@ def create_session(
     x_idempotency_key: Annotated[str | None, Header(max_length=300)] = None,
 ) -> responses.CreatedSession:
     """A retry carries the same idempotency key and gets the same session."""
-    created = db.now()
+    created = api.clock()
     session = db.Session(
         session_id="",
         created_at=created,
@@ -57,13 +59,15 @@ def finish_session(
 
 
 @router.get("/sessions")
-def list_sessions(api: Api, limit: Limit = 20, offset: Offset = 0) -> responses.Sessions:
+def list_sessions(
+    api: Api, limit: Limit = 20, offset: Offset = 0, access_scope: AccessScope = "owned"
+) -> responses.Sessions:
     """Newest first."""
     return responses.Sessions(sessions=api.sessions.recent(limit, offset))
 
 
 @router.get("/sessions/{session_id}", response_model_exclude_none=True)
-def get_session(api: Api, session_id: str) -> responses.Session:
+def get_session(api: Api, session_id: str, access_scope: AccessScope = "owned") -> responses.Session:
     """Models and samplers of a session."""
     session = api.sessions.get(session_id)
     models, samplers = api.sessions.contents(session_id)
@@ -73,3 +77,26 @@ def get_session(api: Api, session_id: str) -> responses.Session:
         user_metadata=session.user_metadata,
         display_name=session.display_name,
     )
+
+
+@router.post("/sessions/search", response_model_exclude_none=True)
+def search_sessions(
+    api: Api, request: Annotated[requests.SearchSessions, body(requests.SearchSessions)]
+) -> responses.FoundSessions:
+    """Newest first, with what became of each; ``tx.tinker.session_search`` says how that is told."""
+    at = api.clock()
+    return session_search.search(
+        api.db, request, at=at, active_since=at - EXPIRED_AFTER_S, silent_before=api.silent_before()
+    )
+
+
+@router.put("/sessions/{session_id}/project")
+def assign_project(
+    api: Api, session_id: str, request: Annotated[requests.AssignProject, body(requests.AssignProject)]
+) -> responses.Empty:
+    """Into a project, or from one to another; never out of all of them."""
+    if not request.project_id:
+        accepted = "the id of a project: a session can go into another project, but not out of the one that it is in"
+        raise InvalidInput("project_id", request.project_id, accepted)
+    api.sessions.assign_project(session_id, request.project_id)
+    return responses.Empty()

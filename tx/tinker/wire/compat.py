@@ -1,4 +1,4 @@
-"""What depends on the version of the client's SDK: how it says who it is, and which results it can read."""
+"""What depends on the version of the client's SDK: how it says who it is, and what it can read."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, int, int] | None:
 def accepts_protobuf(headers: Mapping[str, str]) -> bool:
     """Whether a poll wants its result as protobuf: always since SDK 0.25, never before 0.18.2 (protocol §6)."""
     return PROTOBUF_MEDIA_TYPE in headers.get("accept", "").lower()
+
+
+def reads_external(headers: Mapping[str, str]) -> bool:
+    """Whether a listing may have checkpoints of type ``external``: one breaks every SDK before 0.28 (protocol §6).
+
+    Clients that are no SDK get everything.
+    """
+    version = client_version(headers)
+    return version is None or version >= (0, 28, 0)
 
 
 def media_type(content_type: str | None) -> str:

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tx.errors import InvalidInput
 from tx.tinker.wire.paths import check_name
@@ -88,6 +97,70 @@ class FinishSession(_Lenient):
 
     reason: FinishReason
     detail: Text | None = None
+
+
+class AssignProject(_Lenient):
+    """PUT sessions/{id}/project."""
+
+    project_id: Text | None = None
+
+
+class OwnSessions(_Strict):
+    """Search the caller's own sessions."""
+
+    type: Literal["own"] = "own"
+
+
+class AccessibleSessions(_Strict):
+    """Search everybody's sessions."""
+
+    type: Literal["accessible"]
+
+
+class SessionsOfUsers(_Strict):
+    """Search the sessions of these users."""
+
+    type: Literal["user"]
+    owner_urns: Annotated[list[Text], Field(min_length=1, max_length=10)]
+
+
+class StatusQuery(_Strict):
+    """A status to match."""
+
+    type: Literal["active", "cancelled", "failed"]
+
+
+class FinishedQuery(_Strict):
+    """Match sessions that their client has finished, for one of these reasons or for any."""
+
+    type: Literal["client_finished"]
+    reasons: Annotated[list[Literal["success", "errored", "interrupted"]] | None, Field(min_length=1)] = None
+
+
+class SearchCursor(_Strict):
+    """The last session of the page before."""
+
+    last_created_at: Annotated[AwareDatetime, Field(strict=False)]  # after _drop_nulls, strict would refuse text
+    last_session_id: Id
+
+
+class SearchSessions(_Strict):
+    """POST sessions/search; what is not given does not restrict the search."""
+
+    session_id: Text | None = None
+    project_ids: list[Text] | None = None
+    user_metadata: Metadata = {}
+    display_name: Annotated[Text, Field(min_length=1)] | None = None
+    owner: Annotated[OwnSessions | AccessibleSessions | SessionsOfUsers, Field(discriminator="type")] = OwnSessions()
+    statuses: (
+        Annotated[
+            list[Annotated[StatusQuery | FinishedQuery, Field(discriminator="type")]],
+            Field(min_length=1),
+        ]
+        | None
+    ) = None
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    cursor: SearchCursor | None = None
 
 
 class LoraConfig(_Strict):

@@ -125,7 +125,7 @@ class Checkpoint(_Reply):
     """One checkpoint in a listing."""
 
     checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler"]
+    checkpoint_type: Literal["training", "sampler", "external"]
     time: datetime
     tinker_path: str
     size_bytes: int
@@ -134,11 +134,18 @@ class Checkpoint(_Reply):
     expires_at: datetime | None = None
 
 
+_CHECKPOINT_TYPES: dict[str, Literal["training", "sampler", "external"]] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+
+
 def checkpoint(row: dict[str, Any]) -> Checkpoint:
     """The columns of a stored checkpoint as clients list it."""
     return Checkpoint(
         checkpoint_id=f"{row['kind']}/{row['name']}",
-        checkpoint_type="training" if row["kind"] == "weights" else "sampler",
+        checkpoint_type=_CHECKPOINT_TYPES[row["kind"]],
         time=timestamp(row["created_at"]),
         tinker_path=f"tinker://{row['model_id']}/{row['kind']}/{row['name']}",
         size_bytes=row["size_bytes"],
@@ -210,6 +217,92 @@ class Session(_Reply):
     sampler_ids: list[str]
     user_metadata: dict[str, str] | None = None
     display_name: str | None = None
+
+
+class SessionActive(_Reply):
+    """Its client gives signs of life."""
+
+    type: Literal["active"] = "active"
+
+
+class SessionCancelled(_Reply):
+    """Its client has fallen silent."""
+
+    type: Literal["cancelled"] = "cancelled"
+    detail: str
+
+
+class FailedRequest(_Reply):
+    """The request that a session failed with."""
+
+    type: Literal["request"] = "request"
+    request_id: str
+    request_type: str
+
+
+class FailedTrainingRun(_Reply):
+    """The training run that a session failed with: it could not be created."""
+
+    type: Literal["training_run"] = "training_run"
+    training_run_id: str
+
+
+class SessionFailed(_Reply):
+    """Its client has fallen silent, and the last answer that it got was a failure."""
+
+    type: Literal["failed"] = "failed"
+    category: Literal["user", "internal"]
+    reason: FailedRequest | FailedTrainingRun
+    message: str
+
+
+class SessionFinishReason(_Reply):
+    """How a client said that it ended."""
+
+    type: Literal["success", "errored", "interrupted"]
+
+
+class SessionFinished(_Reply):
+    """Its client has finished it."""
+
+    type: Literal["client_finished"] = "client_finished"
+    reason: SessionFinishReason
+    detail: str | None = None
+
+
+type SessionStatus = SessionActive | SessionCancelled | SessionFailed | SessionFinished
+
+
+class SessionSummary(_Reply):
+    """A session that a search found; ``project_id`` is empty for one that is in none."""
+
+    session_id: str
+    created_at: datetime
+    owner: str = "local"
+    project_id: str
+    status: SessionStatus | None = None
+    checkpoints_count: int
+    checkpoint_storage_bytes: int
+    display_name: str | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class SearchCursor(_Reply):
+    """Where the next page of a search starts."""
+
+    last_created_at: datetime
+    last_session_id: str
+
+
+class FoundSessions(_Reply):
+    """sessions/search; no cursor on the last page."""
+
+    sessions: list[SessionSummary]
+    next_cursor: SearchCursor | None = None
+
+
+class Empty(_Reply):
+    """The reply to a request that only changes something."""
 
 
 class Health(_Reply):

@@ -1,0 +1,142 @@
+"""The rows of checkpoints: find, list, publish, limit in time, delete, expire. Their files are the caller's to remove.
+
+A change that a user may ask the audit log about adds its entry in the transaction that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from sqlalchemy import func, or_
+from sqlalchemy.engine import Engine as Database
+from sqlmodel import Session as DbSession
+from sqlmodel import col, select
+
+from tx.errors import InvalidInput, NotFound
+from tx.tinker import audit
+from tx.tinker.db import AuditEntry, Checkpoint, Model, now, reading, writing
+from tx.tinker.wire import paths
+
+KINDS = ("weights", "sampler_weights", "external_weights")
+
+_EXPIRE_AT_ONCE = 500
+"""Folders per transaction, so that nobody waits long for the write lock."""
+
+
+def living(at: float) -> Any:
+    """Condition: not expired at ``at`` (UTC seconds)."""
+    return or_(col(Checkpoint.expires_at).is_(None), col(Checkpoint.expires_at) > at)
+
+
+class CheckpointRows:
+    """The verbs. Any thread may call them; each call is one transaction, except ``expire``.
+
+    What has expired is not found any more, whether or not it has been swept.
+
+    Args:
+        clock: UTC seconds since the epoch, to judge expiry by.
+    """
+
+    def __init__(self, db: Database, clock: Callable[[], float] = now) -> None:
+        self._db = db
+        self._clock = clock
+
+    def page(self, limit: int, offset: int, kinds: Collection[str] = KINDS) -> tuple[Sequence[Checkpoint], int]:
+        """Checkpoints of all models, newest first, and how many there are on all pages."""
+        query = select(Checkpoint).where(living(self._clock()), col(Checkpoint.kind).in_(kinds))
+        with reading(self._db) as db:
+            total = db.exec(select(func.count()).select_from(query.subquery())).one()
+            ordered = query.order_by(col(Checkpoint.created_at).desc(), col(Checkpoint.id).desc())
+            return db.exec(ordered.limit(limit).offset(offset)).all(), total
+
+    def of_model(self, model_id: str, kinds: Collection[str] = KINDS) -> Sequence[Checkpoint]:
+        """All checkpoints of one model, oldest first; raises NotFound if there is no such model."""
+        query = select(Checkpoint).where(
+            Checkpoint.model_id == model_id, living(self._clock()), col(Checkpoint.kind).in_(kinds)
+        )
+        with reading(self._db) as db:
+            if db.get(Model, model_id) is None:
+                raise NotFound("training_run_id", model_id, "a training run of this server")
+            return db.exec(query.order_by(col(Checkpoint.created_at), col(Checkpoint.id))).all()
+
+    def publish(self, model_id: str, checkpoint_id: str, public: bool) -> None:
+        """Make a checkpoint public, or private again; it may be so already.
+
+        Raises:
+            InvalidInput, NotFound: no checkpoint can have this id, or none has.
+        """
+        with writing(self._db) as db:
+            row = self._find(db, model_id, checkpoint_id)
+            if row.public != public:
+                row.public = public
+                db.add(_entry("publish" if public else "unpublish", row))
+
+    def set_ttl(self, model_id: str, checkpoint_id: str, ttl_s: float | None) -> None:
+        """Let a checkpoint expire ``ttl_s`` seconds from now, or never; raises as ``publish``."""
+        with writing(self._db) as db:
+            row = self._find(db, model_id, checkpoint_id)
+            row.expires_at = None if ttl_s is None else self._clock() + ttl_s
+            db.add(_entry("set_ttl", row, ttl_seconds=ttl_s, expires_at=row.expires_at))
+
+    def delete(self, model_id: str, checkpoint_id: str) -> Checkpoint | None:
+        """Delete the row; returns it if its files are to go too: copies keep what they share. Raises as ``publish``."""
+        with writing(self._db) as db:
+            found = self._find(db, model_id, checkpoint_id, Checkpoint.id, Checkpoint.folder)
+            gone = _delete(db, {found.folder}, lambda row: row.id == found.id, "delete")
+        return gone[0] if gone else None
+
+    def expire(self) -> list[Checkpoint]:
+        """Delete the rows of all that has expired; returns those whose files are to go too."""
+        at = self._clock()
+        query = select(Checkpoint.folder).where(~living(at)).distinct().limit(_EXPIRE_AT_ONCE)
+
+        def expired(row: Checkpoint) -> bool:
+            return row.expires_at is not None and row.expires_at <= at
+
+        gone: list[Checkpoint] = []
+        while True:
+            with writing(self._db) as db:
+                folders = set(db.exec(query).all())
+                gone += _delete(db, folders, expired, "expire")
+            if len(folders) < _EXPIRE_AT_ONCE:
+                return gone
+
+    def _find(self, db: DbSession, model_id: str, checkpoint_id: str, *columns: Any) -> Any:
+        """The row, locked; or these columns of it, not locked."""
+        kind, _, name = checkpoint_id.partition("/")
+        if kind not in KINDS:
+            raise InvalidInput("checkpoint_id", checkpoint_id, f"<{'|'.join(KINDS)}>/<name>")
+        query = (select(*columns) if columns else select(Checkpoint).with_for_update()).where(
+            Checkpoint.model_id == model_id,
+            Checkpoint.kind == kind,
+            Checkpoint.name == paths.check_name(name, "checkpoint_id"),
+            living(self._clock()),
+        )
+        found = db.exec(query).first()
+        if found is None:
+            raise NotFound("checkpoint_id", checkpoint_id, "a checkpoint of this training run")
+        return found
+
+
+def _delete(
+    db: DbSession, folders: Collection[str], condemned: Callable[[Checkpoint], bool], event: str
+) -> list[Checkpoint]:
+    """Delete the condemned rows of these folders; those of them, one per folder, whose folder no other row names."""
+    # All rows of a folder are locked, in one order: of two deletions at once, the second sees that it is the last.
+    query = select(Checkpoint).where(col(Checkpoint.folder).in_(folders)).order_by(col(Checkpoint.id))
+    gone = {}
+    for row in db.exec(query.with_for_update()).all():
+        if condemned(row):
+            gone[row.folder] = row
+            db.delete(row)
+            db.add(_entry(event, row, size_bytes=row.size_bytes))
+    db.flush()
+    # Asked again: on PostgreSQL the query above does not see a copy that was made while it waited for its locks.
+    kept = set(db.exec(select(Checkpoint.folder).where(col(Checkpoint.folder).in_(gone))).all())
+    return [row for folder, row in gone.items() if folder not in kept]
+
+
+def _entry(event: str, row: Checkpoint, **details: Any) -> AuditEntry:
+    path = f"tinker://{row.model_id}/{row.kind}/{row.name}"
+    return audit.entry("checkpoints", f"checkpoint.{event}", model_id=row.model_id, tinker_path=path, **details)
