@@ -209,7 +209,9 @@ def test_a_taken_name_needs_overwrite(bench):
     again, over = bench.run(client.do("save_weights", path="ck"), client.do("save_weights", path="ck", overwrite=True))
     fails(again, "user", "path", "overwrite")
     assert over.status == "done"
-    assert bench.folders.card(paths.parse_path("tinker://sess-a:train:0/weights/ck")).step == 1
+    with reading(bench.db) as db:
+        row = db.get(Checkpoint, 1)
+    assert bench.folders.read(row.folder)[0].step == 1
     both = bench.run(client.do("save_weights", path="two"), client.do("save_weights", path="two"))
     assert [job.status for job in both] == ["done", "failed"]
 

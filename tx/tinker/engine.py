@@ -359,6 +359,7 @@ class Engine:
             del self._writing[request_id]
             try:
                 self._jobs.commit([writing_job.outcome(future.result())])
+                writing_job.tidy()
             except Exception as error:
                 self._work.abandon(writing_job)
                 self._fail(job, error)

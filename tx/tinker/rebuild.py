@@ -17,7 +17,6 @@ from tx.tinker.db import Checkpoint, reading
 from tx.tinker.jobs import JobTable
 from tx.tinker.recovery import Replay, plan_replay
 from tx.tinker.scheduler import COMMUTING
-from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import SnapshotNeed, Work
 from tx.types import Finished
 from tx.worker.worker import Worker
@@ -99,8 +98,7 @@ class Rebuilds:
 
     def _replay(self, replay: Replay, target: str) -> Iterator[None]:
         if replay.checkpoint is not None:
-            path = TinkerPath(replay.checkpoint.model_id, "weights", replay.checkpoint.name)
-            self._worker.restore_model(target, self._work.read_state(path), with_optimizer=True)
+            self._worker.restore_model(target, self._work.read_state(replay.checkpoint), with_optimizer=True)
             self._work.applied[target] = replay.checkpoint.seq_id
         waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
         for job in replay.jobs:

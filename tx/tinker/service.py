@@ -20,6 +20,7 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
+from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
 from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
 from tx.tinker.futures import Appender, Watcher
@@ -27,6 +28,7 @@ from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
+from tx.tinker.signing import UrlSigner
 from tx.tinker.wire import responses
 from tx.tinker.wire.requests import parse
 
@@ -83,6 +85,8 @@ class Service:
         self._count_lock = threading.Lock()
         self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
         self.sessions = Sessions(db)
+        self.folders = CheckpointFolders(config.checkpoints_folder)
+        self.signer = UrlSigner(db)
         self.appender = Appender(self.jobs)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()

@@ -125,7 +125,7 @@ class Checkpoint(_Reply):
     """One checkpoint in a listing."""
 
     checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler"]
+    checkpoint_type: Literal["training", "sampler", "external"]
     time: datetime
     tinker_path: str
     size_bytes: int
@@ -134,11 +134,18 @@ class Checkpoint(_Reply):
     expires_at: datetime | None = None
 
 
+_CHECKPOINT_TYPES: dict[str, Literal["training", "sampler", "external"]] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+
+
 def checkpoint(row: dict[str, Any]) -> Checkpoint:
     """The columns of a stored checkpoint as clients list it."""
     return Checkpoint(
         checkpoint_id=f"{row['kind']}/{row['name']}",
-        checkpoint_type="training" if row["kind"] == "weights" else "sampler",
+        checkpoint_type=_CHECKPOINT_TYPES[row["kind"]],
         time=timestamp(row["created_at"]),
         tinker_path=f"tinker://{row['model_id']}/{row['kind']}/{row['name']}",
         size_bytes=row["size_bytes"],
@@ -195,6 +202,26 @@ class WeightsInfo(_Reply):
     train_mlp: bool
     train_attn: bool
     optimizer_config: dict[str, Any] | None = None
+
+
+class CopiedWeights(_Reply):
+    """copy_weights."""
+
+    tinker_path: str
+
+
+class FileUrls(_Reply):
+    """external_weights_urls: a signed URL for each file."""
+
+    urls: dict[str, str]
+    expires: datetime
+
+
+class ArchiveUrl(_Reply):
+    """archive: a signed URL of all files as one tar."""
+
+    url: str
+    expires: datetime
 
 
 class Sessions(_Reply):
