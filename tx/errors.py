@@ -5,6 +5,7 @@ TxError
 │   ├── NotFound        it names something that does not exist here (HTTP 404)
 │   ├── TooLarge        a body or a decompressed body past its limit (HTTP 413)
 │   └── Unsupported     a feature of the protocol that tx refuses by name (HTTP 400)
+├── Forbidden           a signed address that is wrong or too old (HTTP 403)
 ├── Overloaded          come back later (HTTP 429)
 ├── ModelLost           device state is gone and could not be rebuilt (future category "server")
 └── StartupError        the process can't start; one sentence for the terminal, exit code 2
@@ -35,6 +36,10 @@ class TooLarge(InvalidInput):
 
 class Unsupported(InvalidInput):
     """A feature of the protocol that tx refuses by name."""
+
+
+class Forbidden(TxError):
+    """What was shown to get in is wrong or too old."""
 
 
 class Overloaded(TxError):

@@ -8,11 +8,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyrage
 import pytest
+from sqlmodel import select
 
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, datum, new_worker
+from tx.models import peft
 from tx.tinker import engine as engine_module
-from tx.tinker.db import Checkpoint, Model, RecordedSequence, Sampler, now, reading, writing
+from tx.tinker.copies import CopyRequest, copy_checkpoint
+from tx.tinker.db import Checkpoint, Model, RecordedSequence, Sampler, Session, now, reading, writing
 from tx.tinker.engine import Engine
 from tx.tinker.wire import paths
 from tx.worker.worker import Worker
@@ -209,9 +213,68 @@ def test_a_taken_name_needs_overwrite(bench):
     again, over = bench.run(client.do("save_weights", path="ck"), client.do("save_weights", path="ck", overwrite=True))
     fails(again, "user", "path", "overwrite")
     assert over.status == "done"
-    assert bench.folders.card(paths.parse_path("tinker://sess-a:train:0/weights/ck")).step == 1
+    with reading(bench.db) as db:
+        row = db.get(Checkpoint, 1)
+    assert bench.folders.read(row.folder)[0].step == 1
     both = bench.run(client.do("save_weights", path="two"), client.do("save_weights", path="two"))
     assert [job.status for job in both] == ["done", "failed"]
+
+
+def test_overwriting_leaves_the_files_that_a_copy_shares(bench):
+    client, loaded = Client(bench), Client(bench, model_seq_id=1)
+    bench.run(client.create(), client.do("save_weights", path="ck"), client.train(), client.step())
+    source = paths.parse_path("tinker://sess-a:train:0/weights/ck")
+    with writing(bench.db) as db:
+        db.add(Session(session_id="sess-a", created_at=0.0, heartbeat_at=0.0))
+    copy = copy_checkpoint(bench.db, CopyRequest(source, session_id="sess-a", model_seq_id=9))
+    bench.run(client.do("save_weights", path="ck", overwrite=True))
+    bench.run(loaded.create_from(str(copy)))
+    assert bench.worker.export_model(loaded.model_id).step == 0
+    with reading(bench.db) as db:
+        first = db.get(Checkpoint, 1).folder
+    assert (bench.folders.read(first)[0].step, bench.folders.read(source)[0].step) == (1, 0)
+    bench.run(client.do("save_weights", path="ck", overwrite=True))
+    assert not bench.folders.folder(first).exists()  # nobody named it any more
+    assert bench.folders.folder(source).exists()
+
+
+def test_two_saves_of_one_new_name_do_not_share_a_folder(bench):
+    client = Client(bench)
+    bench.run(client.create())
+    first = client.do("save_weights", path="ck")
+    client.train()
+    client.step()
+    bench.run(first, client.do("save_weights", path="ck", overwrite=True))
+    with reading(bench.db) as db:
+        (row,) = db.exec(select(Checkpoint)).all()
+    assert bench.folders.read(row.folder)[0].step == 1
+
+
+def test_external_weights_are_the_adapter_alone(bench):
+    client, identity = Client(bench), pyrage.x25519.Identity.generate()
+    bench.run(client.create(), client.train(), client.step())
+    plain, secret, again, bad = bench.run(
+        client.do("save_weights_external", path="x", ttl_seconds=3600),
+        client.do("save_weights_external", path="y", age_encryption_recipients=[str(identity.to_public())]),
+        client.do("save_weights_external", path="x"),
+        client.do("save_weights_external", path="z", age_encryption_recipients=["age1x"]),
+    )
+    _, files = bench.folders.read("sess-a:train:0/external_weights/x")
+    assert body_of(plain) == {
+        "path": "tinker://sess-a:train:0/external_weights/x",
+        "type": "save_weights_external",
+        "size_bytes": sum(map(len, files.values())),
+    }
+    imported = peft.import_files(files).weights
+    for name, weights in bench.worker.export_model(client.model_id).weights.items():
+        np.testing.assert_array_equal(imported[name], weights)
+    _, encrypted = bench.folders.read("sess-a:train:0/external_weights/y")
+    assert {name: pyrage.decrypt(content, [identity]) for name, content in encrypted.items()} == {
+        f"{name}.age": content for name, content in files.items()
+    }
+    assert secret.status == "done"
+    fails(again, "user", "path", "not taken")
+    fails(bad, "user", "age_encryption_recipients.0")
 
 
 def test_a_checkpoint_of_another_shape_or_kind_is_refused(bench):

@@ -44,5 +44,5 @@ def test_every_lora_field_of_a_model_counts():
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path, sqlite_url):
     work = Work(open_database(sqlite_url), None, CheckpointFolders(tmp_path), "b")
-    with pytest.raises(Unsupported, match="save_weights_external"):
-        work.start(job("save_weights_external", b"{}"))
+    with pytest.raises(Unsupported, match="grow_wings"):
+        work.start(job("grow_wings", b"{}"))

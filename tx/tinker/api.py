@@ -30,10 +30,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
-from tx.errors import InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
-from tx.tinker.routes import checkpoints, futures, models, runs, sampling, service, sessions, training, weights
+from tx.tinker.routes import checkpoints, files, futures, models, runs, sampling, service, sessions, training, weights
 from tx.tinker.service import Service
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
@@ -52,6 +52,7 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     TooLarge: 413,
     InvalidInput: 400,
+    Forbidden: 403,
     Overloaded: 429,
     TxError: 500,
     PoolTimeout: 503,
@@ -78,7 +79,7 @@ def create_app(service_: Service) -> FastAPI:
 
     app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
     app.state.service = service_
-    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints):
+    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files):
         app.include_router(module.router, prefix=PREFIX)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)

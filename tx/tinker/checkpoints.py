@@ -1,6 +1,6 @@
 """Checkpoint folders: written whole or not at all, verified when read.
 
-A folder is ``<base>/<model_id>/<weights|sampler_weights>/<name>``. It is written beside its place, synced and renamed,
+A folder is ``<base>/<model_id>/<kind of weights>/<name>``. It is written beside its place, synced and renamed,
 so a folder under its own name is complete. ``tx_checkpoint.json`` holds the size and SHA-256 of every other file, and
 what is needed to train on. What the files contain (a PEFT adapter, optimizer moments) is the caller's to say: this
 module knows neither models nor SQL.
@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, cast
 
 from tx.errors import InvalidInput, NotFound, TxError
 from tx.tinker.wire.paths import TinkerPath
@@ -59,15 +61,50 @@ def check_ttl(ttl_seconds: object) -> float | None:
     return float(ttl_seconds)
 
 
+class StoredCheckpoint:
+    """A checkpoint, open to be read; close it with ``with``.
+
+    Attributes:
+        card: what it says about itself.
+        sizes: bytes of each file by name, without the card's.
+    """
+
+    def __init__(self, shown: str, folder: Path, card: CheckpointCard, sizes: dict[str, int]) -> None:
+        self.card = card
+        self.sizes = sizes
+        self._shown = shown
+        self._folder = folder
+
+    def open_file(self, name: str) -> BinaryIO:
+        """A file to be read piece by piece, unverified; raises NotFound for any that the card doesn't list."""
+        if name not in self.sizes:
+            raise NotFound("file", name, "one of " + ", ".join(self.sizes))
+        try:
+            return (self._folder / name).open("rb")
+        except OSError as error:
+            raise BrokenCheckpoint(f"{self._shown}: {name} can't be read ({error.strerror})") from error
+
+    def __enter__(self) -> StoredCheckpoint:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """Nothing is held open between files."""
+
+
 class CheckpointFolders:
-    """The folders under one base folder. Any thread may call it; two writers of one path must not overlap."""
+    """The folders under one base folder. Any thread may call it; two writers of one path must not overlap.
+
+    A checkpoint is named by its path, or by its folder as its row has it.
+    """
 
     def __init__(self, base: Path) -> None:
         self._base = base
 
-    def folder(self, path: TinkerPath) -> Path:
+    def folder(self, path: TinkerPath | str) -> Path:
         """Where ``path`` lives, whether or not it exists."""
-        return self._base / path.folder
+        return self._base / (path if isinstance(path, str) else path.folder)
 
     def write(self, path: TinkerPath, card: CheckpointCard, files: Mapping[str, bytes]) -> int:
         """Write a folder, durably and at once; an older one of that path is replaced. Returns its size in bytes."""
@@ -86,7 +123,13 @@ class CheckpointFolders:
             raise
         return folder_bytes(target)
 
-    def read(self, path: TinkerPath) -> tuple[CheckpointCard, dict[str, bytes]]:
+    def open(self, path: TinkerPath | str) -> StoredCheckpoint:
+        """The checkpoint, to take files from; raises NotFound, or BrokenCheckpoint."""
+        card, sums = self._read_card(path)
+        sizes = {name: cast(int, expected["size"]) for name, expected in sums.items()}
+        return StoredCheckpoint(str(path), self.folder(path), card, sizes)
+
+    def read(self, path: TinkerPath | str) -> tuple[CheckpointCard, dict[str, bytes]]:
         """The card and every file, verified; raises NotFound, or BrokenCheckpoint naming the file."""
         folder = self.folder(path)
         card, sums = self._read_card(path)
@@ -105,7 +148,7 @@ class CheckpointFolders:
         """The card alone, without verifying the files."""
         return self._read_card(path)[0]
 
-    def delete(self, path: TinkerPath) -> None:
+    def delete(self, path: TinkerPath | str) -> None:
         """Remove a folder; one that is not there is fine."""
         target = self.folder(path)
         gone = target.with_name(f"{target.name}~{uuid.uuid4().hex}")
@@ -127,7 +170,7 @@ class CheckpointFolders:
                 removed += 1
         return removed
 
-    def _read_card(self, path: TinkerPath) -> tuple[CheckpointCard, dict[str, dict[str, object]]]:
+    def _read_card(self, path: TinkerPath | str) -> tuple[CheckpointCard, dict[str, dict[str, object]]]:
         try:
             described = json.loads((self.folder(path) / CARD).read_text())
             card = CheckpointCard(

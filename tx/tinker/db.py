@@ -50,7 +50,10 @@ class Session(SQLModel, table=True):
 
 
 class Model(SQLModel, table=True):
-    """One tenant's adapter and optimizer state, created by a job; ``state`` is pending, ready or failed."""
+    """One tenant's adapter and optimizer state, created by a job; ``state`` is pending, ready or failed.
+
+    Or ``copy``: no more than the owner of a copied checkpoint, which can't be trained on.
+    """
 
     __table_args__ = (UniqueConstraint("session_id", "model_seq_id"),)
 

@@ -407,6 +407,7 @@ class Engine:
             del self._writing[request_id]
             try:
                 self._commit([writing_job.outcome(future.result())])
+                writing_job.tidy()
             except AWAY:
                 raise
             except Exception as error:

@@ -29,7 +29,7 @@ from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Cancellation, Checkpoint, Job, RecoveryPoint, Sampler, Session, now, reading, writing
+from tx.tinker.db import Cancellation, Checkpoint, Job, Model, RecoveryPoint, Sampler, Session, now, reading, writing
 from tx.tinker.notify import ChangeSignal, Topic
 
 JOB_KINDS = (
@@ -41,6 +41,7 @@ JOB_KINDS = (
     "optim_step",
     "save_weights",
     "save_weights_for_sampler",
+    "save_weights_external",
     "sample",
 )
 """Every value of ``Job.kind``. create_model and create-via-load (load_weights) are seq 0 of their model."""
@@ -449,6 +450,10 @@ def _append_one(session: DbSession, new: NewJob, queue: _Queue) -> Appended | In
     for row in new.rows:
         if isinstance(row, Sampler) and session.get(Sampler, row.sampler_id) is not None:
             return InvalidInput("sampling_session_seq_id", row.seq, "a number that this session has not used yet")
+        if isinstance(row, Model):
+            first_model = session.get(Model, row.model_id)
+            if first_model is not None and first_model.state == "copy":  # one that no job has made
+                return InvalidInput("model_seq_id", row.model_seq_id, "a number that this session has not used yet")
         session.merge(row)
     created = now()
     values: dict[str, Any] = {name: getattr(new, name) for name in _COPIED}

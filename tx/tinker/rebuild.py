@@ -19,7 +19,6 @@ from tx.tinker.jobs import JobTable
 from tx.tinker.recovery import Replay, plan_replay
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING
-from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import SnapshotNeed, Work
 from tx.types import Finished
 from tx.worker.worker import Worker
@@ -117,7 +116,7 @@ class Rebuilds:
                 if isinstance(start, RecoveryPoint):
                     state = self._points.read(start)
                 else:
-                    state = self._work.read_state(TinkerPath(start.model_id, "weights", start.name))
+                    state = self._work.read_state(start)
             except (BrokenCheckpoint, NotFound) as error:
                 log.warning("%s can't be rebuilt from %s, so from an older state: %s", target, _start_of(replay), error)
                 self._damaged.add(_key(start))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.tinker.checkpoint_rows import CheckpointRows
+from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
 from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
 from tx.tinker.futures import Appender, Watcher
@@ -28,6 +28,7 @@ from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
+from tx.tinker.signing import UrlSigner
 from tx.tinker.wire import responses
 from tx.tinker.wire.requests import parse
 
@@ -85,6 +86,8 @@ class Service:
         self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
         self.sessions = Sessions(db, clock)
         self.checkpoints = CheckpointRows(db, clock)
+        self.folders = CheckpointFolders(config.checkpoints_folder)
+        self.signer = UrlSigner(db)
         self.appender = Appender(self.jobs)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
@@ -205,7 +208,7 @@ class Service:
     def remove_folder(self, checkpoint: Checkpoint) -> None:
         """Delete a checkpoint's files, once its row is gone."""
         log.info("Removing checkpoint %s", checkpoint.folder)
-        shutil.rmtree(self.config.checkpoints_folder / checkpoint.folder, ignore_errors=True)
+        self.folders.delete(checkpoint.folder)
 
 
 def _service(request: Request) -> Service:

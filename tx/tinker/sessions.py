@@ -116,6 +116,9 @@ class Sessions:
         model, session = found
         if session is not None:
             _open(session)
+        if model.state == "copy":
+            accepted = "a model that can be trained on; this one only holds a copy: load that into a model of its own"
+            raise InvalidInput("model_id", model_id, accepted)
         return cast(Model, model)
 
     def idle_models(self, model_ids: Collection[str], before: float) -> list[str]:

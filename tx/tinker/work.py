@@ -17,7 +17,7 @@ from sqlmodel import SQLModel, select
 
 from tx import types
 from tx.errors import InvalidInput, ModelLost, NotFound, Unsupported
-from tx.tinker import model_files, recordings
+from tx.tinker import age_files, model_files, recordings
 from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
 from tx.tinker.jobs import Outcome
@@ -32,11 +32,15 @@ MAX_SNAPSHOTS = 128
 
 @dataclass(frozen=True)
 class Writing:
-    """A job that has had its effect and still has files to write: ``write`` in any thread, then ``outcome`` here."""
+    """A job that has had its effect and still has files to write: ``write`` in any thread, then ``outcome`` here.
+
+    When that is committed, ``tidy`` removes what it has replaced.
+    """
 
     path: TinkerPath
     write: Callable[[], int]  # returns bytes written
     outcome: Callable[[int], Outcome]
+    tidy: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class SnapshotNeed:
     """The weights that a sample runs on: a checkpoint's, or those of ``model_id`` when job ``request_id`` ran."""
 
     snapshot_id: str
-    path: TinkerPath | None = None
+    checkpoint: Checkpoint | None = None
     model_id: str = ""
     request_id: int = 0
 
@@ -71,6 +75,7 @@ class Work:
             "optim_step": self._optim_step,
             "save_weights": self._save_weights,
             "save_weights_for_sampler": self._save_weights_for_sampler,
+            "save_weights_external": self._save_weights_external,
             "sample": self._sample,
         }
 
@@ -138,7 +143,7 @@ class Work:
         checkpoint = self._checkpoint(path)
         if checkpoint is None or _expired(checkpoint):
             raise NotFound("path", str(path), "a checkpoint that exists")
-        state = self.read_state(path)
+        state = self.read_state(checkpoint)
         with_optimizer = bool(request.get("optimizer"))
         if with_optimizer and not checkpoint.has_optimizer:
             raise InvalidInput("optimizer", True, f"false: {path} holds no optimizer state")
@@ -169,9 +174,9 @@ class Work:
         self.applied.pop(model_id, None)
         return Outcome(_id(job), codec.encode_json({"model_id": model_id, "type": "unload_model"}))
 
-    def read_state(self, path: TinkerPath) -> types.ModelState:
-        """The verified state of a checkpoint of this base model."""
-        card, files = self._folders.read(path)
+    def read_state(self, checkpoint: Checkpoint) -> types.ModelState:
+        """The verified state of a checkpoint of this base model; a copy's files lie with its source's."""
+        card, files = self._folders.read(checkpoint.folder)
         if card.base_model != self._base_model:
             raise InvalidInput("path", f"a checkpoint of {card.base_model}", f"one of {self._base_model}")
         return model_files.from_files(card, files, card.num_experts_per_tok)
@@ -205,6 +210,13 @@ class Work:
         path = self._new_path(job, request, "sampler_weights")
         return self._write(job, request, path, self._worker.export_model(model_id))
 
+    def _save_weights_external(self, job: Job, model_id: str) -> Writing:
+        """A PEFT folder to take away, encrypted if the request names recipients."""
+        request = codec.parse_json(_payload(job))
+        recipients = age_files.parse_recipients(request.get(age_files.FIELD))
+        path = self._new_path(job, request, "external_weights")
+        return self._write(job, request, path, self._worker.export_model(model_id), recipients)
+
     def _take_ephemeral(self, job: Job, model_id: str) -> Outcome:
         """An unnamed save: a snapshot and the sampler that is bound to it, nothing on disk."""
         with reading(self._db) as session:
@@ -228,7 +240,20 @@ class Work:
             raise InvalidInput("path", name, "a name that is not taken, or overwrite=true")
         return path
 
-    def _write(self, job: Job, request: dict[str, Any], path: TinkerPath, state: types.ModelState) -> Writing:
+    def _place(self, path: TinkerPath, job: Job) -> TinkerPath:
+        """Where the files go: in no folder that a row names, as copies share theirs and readers may be under way."""
+        if self._is_named(path.folder) or str(path) in self._being_written or self._checkpoint(path) is not None:
+            return replace(path, name=f"{path.name}@{job.request_id}")  # no client may have "@" in a name
+        return path
+
+    def _write(
+        self,
+        job: Job,
+        request: dict[str, Any],
+        path: TinkerPath,
+        state: types.ModelState,
+        recipients: Sequence[Any] = (),
+    ) -> Writing:
         created_at, ttl_s = now(), check_ttl(request.get("ttl_seconds"))
         with_optimizer = path.kind == "weights"
         if path.kind == "sampler_weights":  # hot for the sampler that will ask for it, and refused if not finite
@@ -236,13 +261,19 @@ class Work:
             self._hold(_checkpoint_snapshot(path, created_at))
         card = CheckpointCard(self._base_model, state.lora, state.step, created_at, _experts_per_tok(state))
         applied = self.applied.get(path.model_id)
+        place = self._place(path, job)
+        replaced: Checkpoint | None = None
         self._being_written.add(str(path))
 
         def write() -> int:
             files = model_files.to_files(state, self._base_model, with_optimizer=with_optimizer)
-            return self._folders.write(path, card, files)
+            if recipients:
+                files = age_files.encrypt(files, recipients)
+            folder_bytes = self._folders.write(place, card, files)
+            return sum(map(len, files.values())) if path.kind == "external_weights" else folder_bytes
 
         def outcome(size_bytes: int) -> Outcome:
+            nonlocal replaced
             self._being_written.discard(str(path))
             replaced = self._checkpoint(path)
             row = Checkpoint(
@@ -250,7 +281,7 @@ class Work:
                 model_id=path.model_id,
                 kind=path.kind,
                 name=path.name,
-                folder=path.folder,
+                folder=place.folder,
                 size_bytes=size_bytes,
                 created_at=created_at,
                 expires_at=None if ttl_s is None else created_at + ttl_s,
@@ -258,10 +289,16 @@ class Work:
                 seq_id=applied,
                 has_optimizer=with_optimizer,
             )
-            result = {"path": str(path), "type": job.kind}
+            result: dict[str, Any] = {"path": str(path), "type": job.kind}
+            if path.kind == "external_weights":
+                result["size_bytes"] = size_bytes
             return Outcome(_id(job), codec.encode_json(result), rows=[row])
 
-        return Writing(path, write, outcome)
+        def tidy() -> None:
+            if replaced is not None and not self._is_named(replaced.folder):
+                self._folders.delete(replaced.folder)
+
+        return Writing(path, write, outcome, tidy)
 
     def abandon(self, writing: Writing) -> None:
         """Forget a write that failed."""
@@ -295,9 +332,9 @@ class Work:
     def load_snapshot(self, need: SnapshotNeed) -> bool:
         """Make a checkpoint's snapshot resident; False for an ephemeral one that is not: it takes a rebuild."""
         if not self._worker.has_snapshot(need.snapshot_id):
-            if need.path is None:
+            if need.checkpoint is None:
                 return False
-            self._worker.load_snapshot(need.snapshot_id, self.read_state(need.path))
+            self._worker.load_snapshot(need.snapshot_id, self.read_state(need.checkpoint))
         self._hold(need.snapshot_id)
         return True
 
@@ -318,7 +355,7 @@ class Work:
         checkpoint = self._checkpoint(path)
         if checkpoint is None or _expired(checkpoint):
             raise NotFound("model_path", model_path, "a checkpoint that exists")
-        return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), path)
+        return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), checkpoint)
 
     def _hold(self, snapshot_id: str) -> None:
         """Note a use; the longest unused snapshot goes when there are too many."""
@@ -343,6 +380,11 @@ class Work:
         )
         with reading(self._db) as session:
             return session.exec(query).first()
+
+    def _is_named(self, folder: str) -> bool:
+        """Whether a checkpoint's files lie in this folder, be it a copy's."""
+        with reading(self._db) as session:
+            return session.exec(select(Checkpoint.id).where(Checkpoint.folder == folder)).first() is not None
 
 
 def lora_of(model: Model, seed: int | None = None) -> types.LoraConfig:

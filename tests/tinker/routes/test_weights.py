@@ -121,3 +121,65 @@ def test_load_addressing_is_one_of_two(client, model):
 def test_weights_info_of_nothing_is_404(client, model):
     client.ask("weights_info", status=404, tinker_path=f"tinker://{model}/weights/none")
     client.ask("weights_info", status=400, tinker_path="/etc/passwd")
+
+
+def test_an_external_save_is_a_job_of_its_model(client, model, running):
+    body = {"model_id": model, "path": "x", "seq_id": 1, "ttl_seconds": 3600, "age_encryption_recipients": ["age1x"]}
+    client.result(client.ask("save_weights_external", **body, type="save_weights_external"))
+    job = running.seen[-1]
+    assert (job.kind, job.model_id, job.seq_id) == ("save_weights_external", model, 1)
+    assert json.loads(job.payload) == body | {"type": "save_weights_external"}
+
+
+def copied(client, path, status=200, key=None, **body):
+    headers = {"X-Tinker-Weights-Access-Token": "t"} | ({"X-Idempotency-Key": key} if key else {})
+    reply = client.post("copy_weights", json={"source_path": path} | body, headers=headers)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def test_a_copy_is_made_once_per_key_and_read_like_its_source(client, model):
+    path = save(client, model)["path"]
+    first = copied(client, path, key="one", destination_project_id="p", ttl_seconds=3600)["tinker_path"]
+    assert copied(client, path, key="one", destination_project_id="p", ttl_seconds=3600)["tinker_path"] == first
+    assert copied(client, path, key="two", destination_project_id="p")["tinker_path"] != first
+    infos = [client.ask("weights_info", tinker_path=each, weights_access_token="t") for each in (path, first)]
+    assert infos[0] == infos[1]
+    run = first.split("/")[2]
+    assert client.get(f"training_runs/{run}").json()["training_run_id"] == run
+    assert client.ask("optim_step", 400, model_id=run, seq_id=1, adam_params={})["detail"].startswith("model_id: got")
+
+
+def test_a_copy_in_a_session_takes_a_model_number(client, model):
+    path, session = save(client, model)["path"], model.split(":")[0]
+    assert copied(client, path, session_id=session, model_seq_id=5)["tinker_path"] == (
+        f"tinker://{session}:train:5/weights/ck1"
+    )
+    assert copied(client, path, 400, session_id=session, model_seq_id=0)["detail"].startswith("model_seq_id: got")
+    config = {"session_id": session, "model_seq_id": 5, "base_model": "org/alias"}
+    assert client.ask("create_model", 400, **config)["detail"].startswith("model_seq_id: got")
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ({"session_id": "s"}, "model_seq_id"),
+        ({"model_seq_id": 1}, "session_id"),
+        ({"session_id": "s", "model_seq_id": 1, "destination_project_id": "p"}, "destination_project_id"),
+        ({"ttl_seconds": 60}, "ttl_seconds"),
+        ({"source_path": "tinker://m/weights/x"}, "source_path"),
+        ({"source_path": "/etc/passwd"}, "source_path"),
+    ],
+)
+def test_malformed_copies_are_400_and_name_the_field(client, model, body, names):
+    path = save(client, model)["path"]
+    assert names in copied(client, path, 400, **body)["detail"]
+
+
+def test_external_weights_are_neither_loaded_nor_sampled(client, model):
+    path, session = f"tinker://{model}/external_weights/x", model.split(":")[0]
+    failure = client.result(client.ask("load_weights", session_id=session, model_seq_id=1, path=path))
+    assert failure["error"].startswith("path: got")
+    refusal = client.ask("create_sampling_session", 400, session_id=session, sampling_session_seq_id=0, model_path=path)
+    assert refusal["detail"].startswith("model_path: got")
+    assert client.ask("weights_info", 404, tinker_path=path)["detail"].startswith("tinker_path: got")

@@ -1,13 +1,14 @@
-"""Save, save for sampling, load weights; what a client must know of a checkpoint to load it."""
+"""Save, save for sampling and for others, load and copy weights; what a client must know of a checkpoint to load it."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
+from tx.tinker import copies
 from tx.tinker.db import Model, Sampler, now
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
@@ -47,6 +48,39 @@ async def save_weights_for_sampler(
     return await _append(api, _job("save_weights_for_sampler", model, request, request.seq_id, rows=rows))
 
 
+@router.post("/save_weights_external", response_model_exclude_none=True)
+async def save_weights_external(
+    api: Api, request: Annotated[requests.SaveWeightsExternal, body(requests.SaveWeightsExternal)]
+) -> responses.Future:
+    """A PEFT folder under ``external_weights/``, to be taken away through signed URLs."""
+    model = await run_in_threadpool(api.sessions.model_for_work, request.model_id)
+    return await _append(api, _job("save_weights_external", model, request, request.seq_id))
+
+
+@router.post("/copy_weights")
+def copy_weights(
+    api: Api,
+    request: Annotated[requests.CopyWeights, body(requests.CopyWeights)],
+    x_idempotency_key: Annotated[str | None, Header(max_length=300)] = None,
+) -> responses.CopiedWeights:
+    """Another path for a checkpoint, in a session or project of choice, without copying a byte.
+
+    Without accounts every checkpoint may be read, so a weights access token is accepted and not looked at.
+    """
+    path = copies.copy_checkpoint(
+        api.db,
+        copies.CopyRequest(
+            source=paths.parse_path(request.source_path, "source_path", paths.PATH_KINDS),
+            session_id=request.session_id,
+            model_seq_id=request.model_seq_id or 0,
+            project_id=request.destination_project_id,
+            ttl_s=request.ttl_seconds,
+            idempotency_key=x_idempotency_key,
+        ),
+    )
+    return responses.CopiedWeights(tinker_path=str(path))
+
+
 @router.post("/load_weights", response_model_exclude_none=True)
 async def load_weights(
     api: Api, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
@@ -65,7 +99,7 @@ def weights_info(
     api: Api, request: Annotated[requests.WeightsInfo, body(requests.WeightsInfo)]
 ) -> responses.WeightsInfo:
     """The LoRA shape of a checkpoint."""
-    path = paths.parse_path(request.tinker_path, "tinker_path")
+    path = paths.parse_path(request.tinker_path, "tinker_path", paths.PATH_KINDS)
     _, model = api.sessions.checkpoint(path, "tinker_path")
     return responses.WeightsInfo(
         base_model=model.served_name,

@@ -11,8 +11,10 @@ from typing import Literal
 
 from tx.errors import InvalidInput
 
-PathKind = Literal["weights", "sampler_weights"]
-PATH_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
+PathKind = Literal["weights", "sampler_weights", "external_weights"]
+LOADABLE_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
+"""What the server itself reads: external weights are for others, and may be encrypted to them."""
+PATH_KINDS: tuple[PathKind, ...] = (*LOADABLE_KINDS, "external_weights")
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MODEL_ID = re.compile(r"(?P<session>[A-Za-z0-9._-]{1,128}):train:(?P<seq>[0-9]{1,19})")
@@ -48,11 +50,11 @@ def check_name(name: str, field: str = "path") -> str:
     return name
 
 
-def parse_path(path: str, field: str = "path") -> TinkerPath:
-    """A ``tinker://`` path taken apart, or InvalidInput naming ``field``."""
+def parse_path(path: str, field: str = "path", kinds: tuple[PathKind, ...] = LOADABLE_KINDS) -> TinkerPath:
+    """A ``tinker://`` path of one of ``kinds`` taken apart, or InvalidInput naming ``field``."""
     parts = path.removeprefix("tinker://").split("/")
-    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in PATH_KINDS:
-        raise InvalidInput(field, path, "tinker://<model_id>/<weights|sampler_weights>/<name>")
+    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in kinds:
+        raise InvalidInput(field, path, f"tinker://<model_id>/<{'|'.join(kinds)}>/<name>")
     if not _MODEL_ID.fullmatch(parts[0]):
         raise InvalidInput(field, path, "a path that starts with a model id, <session_id>:train:<n>")
     return TinkerPath(parts[0], parts[1], check_name(parts[2], field))

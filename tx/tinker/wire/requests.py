@@ -292,6 +292,36 @@ class SaveWeightsForSampler(_Strict):
         return self
 
 
+class SaveWeightsExternal(_Strict):
+    """POST save_weights_external; which recipients are good is checked when it runs."""
+
+    model_id: Id
+    path: Name
+    seq_id: Seq | None = None
+    ttl_seconds: Ttl | None = None
+    age_encryption_recipients: list[Text] | None = None
+    type: Literal["save_weights_external"] = "save_weights_external"
+
+
+class CopyWeights(_Strict):
+    """POST copy_weights: into a session's model, or into a project (or none) by a session of its own."""
+
+    source_path: Text
+    destination_project_id: Text | None = None
+    session_id: Id | None = None
+    model_seq_id: Seq | None = None
+    ttl_seconds: Ttl | None = None
+    weights_access_token: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_destination(self) -> CopyWeights:
+        if (self.session_id is None) != (self.model_seq_id is None):
+            raise ValueError("Give session_id and model_seq_id together")
+        if self.session_id is not None and self.destination_project_id is not None:
+            raise ValueError("Give either destination_project_id or session_id with model_seq_id")
+        return self
+
+
 class CreateSamplingSession(_Strict):
     """POST create_sampling_session."""
 

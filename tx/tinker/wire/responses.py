@@ -204,6 +204,26 @@ class WeightsInfo(_Reply):
     optimizer_config: dict[str, Any] | None = None
 
 
+class CopiedWeights(_Reply):
+    """copy_weights."""
+
+    tinker_path: str
+
+
+class FileUrls(_Reply):
+    """external_weights_urls: a signed URL for each file."""
+
+    urls: dict[str, str]
+    expires: datetime
+
+
+class ArchiveUrl(_Reply):
+    """archive: a signed URL of all files as one tar."""
+
+    url: str
+    expires: datetime
+
+
 class Sessions(_Reply):
     """sessions."""
 
