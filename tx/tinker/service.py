@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
+from tx.errors import StorageError
+from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
 from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
 from tx.tinker.futures import Appender, Watcher
@@ -83,6 +84,7 @@ class Service:
         self._count_lock = threading.Lock()
         self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
         self.sessions = Sessions(db)
+        self.folders = CheckpointFolders(config.checkpoints_folder)
         self.appender = Appender(self.jobs)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
@@ -198,7 +200,10 @@ class Service:
     def remove_folder(self, checkpoint: Checkpoint) -> None:
         """Delete a checkpoint's files, once its row is gone."""
         log.info("Removing checkpoint %s", checkpoint.folder)
-        shutil.rmtree(self.config.checkpoints_folder / checkpoint.folder, ignore_errors=True)
+        try:
+            self.folders.delete(checkpoint.folder)
+        except StorageError as error:
+            log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
 def _service(request: Request) -> Service:
