@@ -16,6 +16,7 @@ from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire import tinker_pb2 as pb
+from tx.utils.storage import Storage
 from tx.worker.worker import Worker
 
 BASE = "tiny/qwen3"
@@ -32,7 +33,8 @@ class Bench:
         self.signal = ChangeSignal(url)
         self.pace = ChangeSignal(url)
         self.jobs = JobTable(self.db, self.signal)
-        self.folders = CheckpointFolders(folder / "checkpoints")
+        self.base = folder / "checkpoints"
+        self.folders = CheckpointFolders(self.base)
         self.model_folder = model_folder
         self.room = room
         self.worker = worker or new_worker(model_folder)
@@ -44,6 +46,15 @@ class Bench:
     def restart(self) -> None:
         self.jobs.requeue(BASE)
         self.worker = new_worker(self.model_folder)
+        self.engine = self._new_engine()
+
+    def folder(self, path: str) -> Path:
+        """Where a checkpoint's files are, whether or not it exists."""
+        return self.base / paths.parse_path(path).folder
+
+    def use_storage(self, storage: Storage) -> None:
+        """From here on checkpoints are kept elsewhere, by an engine that starts anew on the same worker."""
+        self.folders = CheckpointFolders(storage)
         self.engine = self._new_engine()
 
     def close(self) -> None:

@@ -187,7 +187,7 @@ def test_a_resumed_model_continues_exactly(bench):
     assert (row.kind, row.name, row.seq_id, row.has_optimizer, row.user_metadata) == (
         "weights", "ck1", 2, True, {"a": "b"},
     )  # fmt: skip
-    folder = bench.folders.folder(paths.parse_path(path))
+    folder = bench.folder(path)
     assert row.size_bytes == sum(file.stat().st_size for file in folder.iterdir())
     assert row.expires_at == row.created_at + 3600
 
@@ -229,19 +229,20 @@ def test_a_checkpoint_of_another_shape_or_kind_is_refused(bench):
 def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_goes(bench):
     client = Client(bench)
     bench.run(client.create(), client.do("save_weights", path="ck"), client.do("save_weights", path="old"))
-    folder = bench.folders.folder(paths.parse_path("tinker://sess-a:train:0/weights/ck"))
+    folder = bench.folder("tinker://sess-a:train:0/weights/ck")
     file = folder / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     fails(bench.run(client.do("load_weights", path="tinker://sess-a:train:0/weights/ck", optimizer=True))[0],
           "server", "optimizer.safetensors")  # fmt: skip
     with writing(bench.db) as db:
         db.merge(Checkpoint(**(db.get(Checkpoint, 2).model_dump() | {"expires_at": now() - 1})))
-    old = paths.parse_path("tinker://sess-a:train:0/weights/old")
-    fails(bench.run(client.do("load_weights", path=str(old), optimizer=True))[0], "user", "old")
-    assert bench.folders.folder(old).exists()
+    old = "tinker://sess-a:train:0/weights/old"
+    fails(bench.run(client.do("load_weights", path=old, optimizer=True))[0], "user", "old")
+    assert bench.folder(old).exists()
     bench.engine._next_housekeeping = 0.0
     bench.engine.step()
-    assert not bench.folders.folder(old).exists()
+    bench.engine._writer.shutdown()  # a thread deletes
+    assert not bench.folder(old).exists()
     assert folder.exists()
 
 
@@ -286,7 +287,7 @@ def test_c02_a_sampler_means_the_weights_at_its_save(bench):
     again = bench.run(client.sample(first, PROMPT))[0]
     assert tokens_of(one) == tokens_of(again) == tokens_of(from_path)
     assert tokens_of(one) != tokens_of(two)
-    assert not (bench.folders.folder(paths.parse_path(path)) / "optimizer.safetensors").exists()
+    assert not (bench.folder(path) / "optimizer.safetensors").exists()
 
 
 def test_an_overwritten_path_means_the_new_weights(bench):

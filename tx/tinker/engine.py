@@ -10,7 +10,8 @@ The life of a job:
    ``sample`` go to the worker.
 6. The loop gives the worker one training micro-batch, then decode slices for as long as that took, in turn.
 7. What a slice finished is encoded and committed at once; the commit wakes the API, which hands the bytes out.
-   Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
+   Checkpoint files are written by threads meanwhile, and their job commits when they are in storage; threads read
+   what a load or a sample needs. Jobs that wait for files hold up their own model alone.
 8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server". Only a job whose model
    turns out to be lost starts again, once, behind the model's rebuild.
 
@@ -32,17 +33,17 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
-from tx.errors import InvalidInput, ModelLost, StartupError, TxError
+from tx.errors import InvalidInput, ModelLost, StartupError, StorageError, TxError
 from tx.tinker import recordings, startup
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
 from tx.tinker.db import Checkpoint, Job, now, reading, writing
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.reads import StillReading
 from tx.tinker.rebuild import Rebuilds
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
-from tx.tinker.wire.paths import TinkerPath
 from tx.tinker.work import Work, Writing, made_sampler
 from tx.types import Finished
 from tx.utils import log as log_setup
@@ -54,6 +55,11 @@ MAX_WAITING_SAMPLES = 256
 MAX_WAITING_TRAINING = 256
 """Claimed jobs kept in memory per sort: enough to plan with, while a flood of one sort can't lock the other out."""
 
+WRITE_THREADS = 4
+MAX_WRITES = 8
+"""Saves whose files are being written or about to be; with as many, the next wait: each holds a model's state."""
+
+SAVES = frozenset({"save_weights", "save_weights_for_sampler"})
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
 
@@ -61,7 +67,10 @@ MARK_STARTED_EVERY_S = 1.0
 HOUSEKEEPING_EVERY_S = 60.0
 PRUNE_JOBS_AFTER_S = 7 * 86400.0
 _IDLE_WAIT_S = 0.25
-_WRITING_WAIT_S = 0.005
+_FILES_WAIT_S = 0.005
+
+_A_WRITE = "a write"
+"""Blocks saves until any of the writes under way has ended."""
 
 _SAMPLING_KINDS = (SAMPLE,)
 _OTHER_KINDS = tuple(kind for kind in JOB_KINDS if kind != SAMPLE)
@@ -99,10 +108,10 @@ class Engine:
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
-        self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild that they wait for
+        self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild, read or write that they wait for
         self._started_again: set[int] = set()  # jobs whose model was lost under them
         self._last_barrier: dict[str, int] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
+        self._writer = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="write")
         self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
         self._sampling_credit_s = 0.0  # device time that sampling may use before training's next turn
         self._unmarked: list[int] = []  # samples that started and whose rows don't say so yet
@@ -127,14 +136,15 @@ class Engine:
         """One round of the loop; False if there was nothing to do."""
         self._claim()
         self._advance_rebuilds()
+        self._unblock_read()
         self._start_ready()
         worked = self._compute()
         self._collect_writes()
         self._keep_house()
-        return worked or self._replan or bool(self._rebuilds)
+        return worked or self._replan or (bool(self._rebuilds) and not self._work.reads)
 
     def _wait(self) -> None:
-        if self._signal.wait(_WRITING_WAIT_S if self._writing else _IDLE_WAIT_S):
+        if self._signal.wait(_FILES_WAIT_S if self._writing or self._work.reads else _IDLE_WAIT_S):
             self._look = True
 
     # ---- 2: claim ---------------------------------------------------------------------------------------------
@@ -215,14 +225,17 @@ class Engine:
             if missing is not None:
                 self._blocked[header.request_id] = missing
                 return
-            del self._waiting[header.request_id]
             outcome = self._work.start(job)
+        except StillReading as reading:
+            self._blocked[header.request_id] = reading.key
+            return
         except Exception as error:
-            self._waiting.pop(header.request_id, None)
+            del self._waiting[header.request_id]
             if not self._starts_again(header, job, error):
                 self._fail(job, error)
                 self._passed(header)
             return
+        del self._waiting[header.request_id]
         if outcome is None:
             self._running[header.request_id] = header, job
             if header.is_sample:
@@ -245,7 +258,7 @@ class Engine:
     # ---- 4: rebuild -------------------------------------------------------------------------------------------
 
     def _missing(self, job: Job) -> str | None:
-        """The rebuild that a job has to wait for, begun if need be; None if all it needs is resident."""
+        """What a job has to wait for, a rebuild (begun if need be) or a write; None if it can start."""
         if job.kind == SAMPLE:
             need = self._work.snapshot_need(job)
             if need is None or self._work.load_snapshot(need):
@@ -253,6 +266,9 @@ class Engine:
             if need.snapshot_id not in self._rebuilds:
                 self._rebuilds.begin_snapshot(need)
             return need.snapshot_id
+        writes = job.kind in SAVES and made_sampler(job) is None
+        if writes and (len(self._writing) >= MAX_WRITES or self._work.is_being_written(job)):
+            return _A_WRITE
         model_id = job.model_id or ""
         if model_id not in self._rebuilds:
             if job.kind in SELF_SUFFICIENT or self._worker.has_model(model_id):
@@ -282,13 +298,23 @@ class Engine:
         for key, error in self._rebuilds.advance().items():
             barrier = self._rebuilds.last_barrier.pop(key, -1)
             self._last_barrier[key] = max(self._last_barrier.get(key, -1), barrier)
-            freed = [request_id for request_id, rebuild in self._blocked.items() if rebuild == key]
-            for request_id in freed:
-                del self._blocked[request_id]
+            for request_id in self._unblock(key):
                 if error is not None:
                     _, job = self._waiting.pop(request_id)
                     self._fail(job, error)
-            self._replan = True
+
+    def _unblock_read(self) -> None:
+        if self._work.reads:
+            for key in {key for key in self._blocked.values() if self._work.reads.is_done(key)}:
+                self._unblock(key)
+
+    def _unblock(self, key: str) -> list[int]:
+        """The jobs that waited for ``key``; they may be planned again."""
+        freed = [request_id for request_id, blocker in self._blocked.items() if blocker == key]
+        for request_id in freed:
+            del self._blocked[request_id]
+        self._replan = True
+        return freed
 
     # ---- 6: compute, 7: commit --------------------------------------------------------------------------------
 
@@ -362,6 +388,7 @@ class Engine:
             except Exception as error:
                 self._work.abandon(writing_job)
                 self._fail(job, error)
+            self._unblock(_A_WRITE)
 
     # ---- 8: fail ----------------------------------------------------------------------------------------------
 
@@ -391,16 +418,23 @@ class Engine:
             return
         self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
         self._park_idle()
+        self._work.reads.drop_untaken()
         with reading(self._db) as session:
             query = select(Checkpoint).where(col(Checkpoint.expires_at) < now())
             expired = session.exec(query).all()
         for row in expired:
             with writing(self._db) as session:
                 session.exec(delete(Checkpoint).where(col(Checkpoint.id) == row.id))
-            self._folders.delete(TinkerPath(row.model_id, row.kind, row.name))  # type: ignore[arg-type]
+            self._writer.submit(self._delete_files, row.folder)
             log.info("checkpoint %s/%s of %s has expired", row.kind, row.name, row.model_id)
         recordings.prune(self._db, now() - recordings.KEPT_S)
         self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
+
+    def _delete_files(self, folder: str) -> None:
+        try:
+            self._folders.delete(folder)
+        except StorageError as error:
+            log.warning("the files of %s remain: %s", folder, error)
 
     def _park_idle(self) -> None:
         """Models of sessions that have finished or expired leave the device, whole; their next job brings them back."""

@@ -1,13 +1,15 @@
 """Bring lost models and ephemeral snapshots back, a little at a time, while everybody else's work goes on.
 
 A rebuild is a generator: it restores the starting point that ``tx.tinker.recovery`` chose, hands the finished jobs to
-the worker again, and yields whenever it has to wait for a micro-batch. The engine advances it between slices.
+the worker again, and yields whenever it has to wait for a micro-batch or for files to be read. The engine advances it
+between slices.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import select
@@ -15,6 +17,7 @@ from sqlmodel import select
 from tx.errors import ModelLost, TxError
 from tx.tinker.db import Checkpoint, reading
 from tx.tinker.jobs import JobTable
+from tx.tinker.reads import when_read
 from tx.tinker.recovery import Replay, plan_replay
 from tx.tinker.scheduler import COMMUTING
 from tx.tinker.wire.paths import TinkerPath
@@ -100,14 +103,16 @@ class Rebuilds:
     def _replay(self, replay: Replay, target: str) -> Iterator[None]:
         if replay.checkpoint is not None:
             path = TinkerPath(replay.checkpoint.model_id, "weights", replay.checkpoint.name)
-            self._worker.restore_model(target, self._work.read_state(path), with_optimizer=True)
+            created_at = replay.checkpoint.created_at
+            state = yield from when_read(lambda: self._work.read_state(path, created_at))
+            self._worker.restore_model(target, state, with_optimizer=True)
             self._work.applied[target] = replay.checkpoint.seq_id
         waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
         for job in replay.jobs:
             if job.kind != "forward_backward":
                 yield from self._wait(waiting)
             job_id, self._next_id = self._next_id, self._next_id - 1
-            if self._work.redo(job, target, job_id):
+            if (yield from when_read(partial(self._work.redo, job, target, job_id))):
                 self._awaited.add(job_id)
                 waiting.append(job_id)
         yield from self._wait(waiting)

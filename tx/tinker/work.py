@@ -1,7 +1,8 @@
 """What the engine does for each kind of job: one handler per kind, from a stored payload to an outcome.
 
 A handler finishes at once (``Outcome``), or leaves files to be written (``Writing``), or hands its rows to the
-worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone.
+worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone, or
+StillReading before it has had any effect: it is called again when the checkpoint that it needs has been read.
 When a job may start is the scheduler's to say; how a lost model comes back is in ``tx.tinker.rebuild``.
 """
 
@@ -21,6 +22,7 @@ from tx.tinker import model_files, recordings
 from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
 from tx.tinker.jobs import Outcome
+from tx.tinker.reads import Reads
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire.optimizer import adam_params, check_optimizer_config
 from tx.tinker.wire.paths import TinkerPath
@@ -45,6 +47,7 @@ class SnapshotNeed:
 
     snapshot_id: str
     path: TinkerPath | None = None
+    created_at: float = 0.0  # the checkpoint's
     model_id: str = ""
     request_id: int = 0
 
@@ -60,6 +63,7 @@ class Work:
         self._snapshots: OrderedDict[str, None] = OrderedDict()
         self._needs: dict[int, SnapshotNeed | None] = {}  # by sample job that waits for its snapshot
         self._being_written: set[str] = set()
+        self.reads = Reads()
         self.applied: dict[str, int | None] = {}
         """By model: ``seq_id`` of the last job whose effect its weights and moments hold."""
         self._handlers: dict[str, Callable[[Job, str], Outcome | Writing | None]] = {
@@ -138,7 +142,7 @@ class Work:
         checkpoint = self._checkpoint(path)
         if checkpoint is None or _expired(checkpoint):
             raise NotFound("path", str(path), "a checkpoint that exists")
-        state = self.read_state(path)
+        state = self.read_state(path, checkpoint.created_at)
         with_optimizer = bool(request.get("optimizer"))
         if with_optimizer and not checkpoint.has_optimizer:
             raise InvalidInput("optimizer", True, f"false: {path} holds no optimizer state")
@@ -169,8 +173,11 @@ class Work:
         self.applied.pop(model_id, None)
         return Outcome(_id(job), codec.encode_json({"model_id": model_id, "type": "unload_model"}))
 
-    def read_state(self, path: TinkerPath) -> types.ModelState:
-        """The verified state of a checkpoint of this base model."""
+    def read_state(self, path: TinkerPath, created_at: float) -> types.ModelState:
+        """The verified state of a checkpoint of this base model; raises StillReading until a thread has read it."""
+        return self.reads.take(_checkpoint_snapshot(path, created_at), lambda: self._read_now(path))
+
+    def _read_now(self, path: TinkerPath) -> types.ModelState:
         card, files = self._folders.read(path)
         if card.base_model != self._base_model:
             raise InvalidInput("path", f"a checkpoint of {card.base_model}", f"one of {self._base_model}")
@@ -216,6 +223,12 @@ class Work:
         self._hold(snapshot_id)
         result = {"sampling_session_id": sampler.sampler_id, "path": None, "type": "save_weights_for_sampler"}
         return Outcome(_id(job), codec.encode_json(result), rows=[_changed(sampler, snapshot_id=snapshot_id)])
+
+    def is_being_written(self, job: Job) -> bool:
+        """Whether a named save would write where another write is under way."""
+        name = codec.parse_json(_payload(job)).get("path")
+        kind = "weights" if job.kind == "save_weights" else "sampler_weights"
+        return f"tinker://{job.model_id}/{kind}/{name}" in self._being_written
 
     def _new_path(self, job: Job, request: dict[str, Any], kind: paths.PathKind) -> TinkerPath:
         """Where to save; refused if the name is taken and ``overwrite`` doesn't say so."""
@@ -290,14 +303,14 @@ class Work:
         if sampler.snapshot_id is None:
             raise NotFound("sampling_session_id", job.sampler_id, "one whose save_weights_for_sampler went well")
         model_id, _, request_id = sampler.snapshot_id.rpartition("@")
-        return SnapshotNeed(sampler.snapshot_id, None, model_id, int(request_id))
+        return SnapshotNeed(sampler.snapshot_id, model_id=model_id, request_id=int(request_id))
 
     def load_snapshot(self, need: SnapshotNeed) -> bool:
         """Make a checkpoint's snapshot resident; False for an ephemeral one that is not: it takes a rebuild."""
         if not self._worker.has_snapshot(need.snapshot_id):
             if need.path is None:
                 return False
-            self._worker.load_snapshot(need.snapshot_id, self.read_state(need.path))
+            self._worker.load_snapshot(need.snapshot_id, self.read_state(need.path, need.created_at))
         self._hold(need.snapshot_id)
         return True
 
@@ -318,7 +331,7 @@ class Work:
         checkpoint = self._checkpoint(path)
         if checkpoint is None or _expired(checkpoint):
             raise NotFound("model_path", model_path, "a checkpoint that exists")
-        return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), path)
+        return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), path, checkpoint.created_at)
 
     def _hold(self, snapshot_id: str) -> None:
         """Note a use; the longest unused snapshot goes when there are too many."""
