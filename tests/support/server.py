@@ -40,7 +40,10 @@ COMPILE_CACHE = Path(__file__).parents[2] / ".pytest_cache" / "xla"
 class Server:
     """Start with ``with``; ``kill``, ``interrupt`` and ``start`` again as often as a test likes."""
 
-    def __init__(self, model: Path, folder: Path, *flags: str, rank: int = 16) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *flags: str, rank: int = 16, variables: dict[str, str] | None = None
+    ) -> None:
+        self._variables = variables or {}
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -66,7 +69,7 @@ class Server:
                 self._command,
                 stdout=log,
                 stderr=log,
-                env=environment() | {"SERVER_UNDER_TEST": str(self.folder)},
+                env=environment() | self._variables | {"SERVER_UNDER_TEST": str(self.folder)},
                 start_new_session=True,
             )
         self.wait_ready()
