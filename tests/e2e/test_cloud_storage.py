@@ -52,7 +52,7 @@ def test_a_run_is_saved_to_a_bucket_and_resumed_from_it_after_a_restart(bucket_s
         assert [step(resumed), step(resumed)] == losses[2:]
         sampler = client.create_sampling_client(model_path=sampler_path).result()
         assert sampler.compute_logprobs(PROMPT).result() == expected
-        rest = client.create_rest_client()
+        rest = tinker.RestClient(base_url=bucket_server.url)
         rest.delete_checkpoint_from_tinker_path(path).result()
         assert not [key for key in s3_server.keys("e2e") if "/weights/ck/" in key]
         with pytest.raises(tinker.RequestFailedError, match="exist"):

@@ -13,6 +13,9 @@ import httpx
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
 
+_LIMIT_S = 60.0
+"""The first request loads half of moto, which takes its time on a busy machine."""
+
 
 class S3Server:
     """moto's S3 over HTTP; ``environment`` is what a client needs."""
@@ -28,11 +31,11 @@ class S3Server:
         self.environment = CREDENTIALS | {"AWS_ENDPOINT_URL": self.url}
 
     def make_bucket(self, name: str) -> None:
-        httpx.put(f"{self.url}/{name}").raise_for_status()
+        httpx.put(f"{self.url}/{name}", timeout=_LIMIT_S).raise_for_status()
 
     def keys(self, bucket: str) -> list[str]:
         """Every key of a bucket, without our client."""
-        listing = httpx.get(f"{self.url}/{bucket}?list-type=2").raise_for_status().text
+        listing = httpx.get(f"{self.url}/{bucket}?list-type=2", timeout=_LIMIT_S).raise_for_status().text
         return [piece.partition("</Key>")[0] for piece in listing.split("<Key>")[1:]]
 
     def close(self) -> None:
