@@ -55,5 +55,5 @@ def test_a_run_is_saved_to_a_bucket_and_resumed_from_it_after_a_restart(bucket_s
         rest = tinker.RestClient(base_url=bucket_server.url)
         rest.delete_checkpoint_from_tinker_path(path).result()
         assert not [key for key in s3_server.keys("e2e") if "/weights/ck/" in key]
-        with pytest.raises(tinker.RequestFailedError, match="exist"):
+        with pytest.raises(tinker.RequestFailedError, match="weights/ck"):
             client.create_training_client_from_state_with_optimizer(path).result()
