@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.support.object_stores import S3Server
 from tests.support.server import Server
 from tests.support.tiny_models import write_tiny_model
 
@@ -84,6 +85,14 @@ def postgres_url(postgres_server: object) -> str:
 def database_url(request: pytest.FixtureRequest) -> str:
     """The test runs twice: on SQLite and on PostgreSQL."""
     return request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 endpoint over HTTP, in memory; each test makes a bucket of its own."""
+    running = S3Server()
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ TxError
 │   └── Unsupported     a feature of the protocol that tx refuses by name (HTTP 400)
 ├── Forbidden           a signed address that is wrong or too old (HTTP 403)
 ├── Overloaded          come back later (HTTP 429)
+├── StorageError        checkpoints can't be written or read at the moment, and why (future category "server")
 ├── ModelLost           device state is gone and could not be rebuilt (future category "server")
 └── StartupError        the process can't start; one sentence for the terminal, exit code 2
 """
@@ -48,6 +49,10 @@ class Overloaded(TxError):
 
 class ModelLost(TxError):
     """Device state is gone and could not be rebuilt."""
+
+
+class StorageError(TxError):
+    """The storage of checkpoints refuses or does not answer; the message says what could not be done, and why."""
 
 
 class StartupError(TxError):

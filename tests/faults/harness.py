@@ -19,7 +19,7 @@ from sqlmodel import func, select
 
 from tests.faults.client import Lost
 from tests.faults.tenants import Result, run_round
-from tests.support.server import Server, environment
+from tests.support.server import Server
 from tx.tinker.db import Job, open_database, reading
 from tx.tinker.wire.paths import parse_path
 
@@ -171,12 +171,11 @@ def run(
     if database_url is not None:
         flags += ["--database-url", database_url]
     report = Report()
-    server = Server(model, folder, *flags)
-    server.environment = environment() | {
+    variables = {
         "TX_FAULTS": str(faults_folder),
         "PYTHONPATH": os.pathsep.join((str(INJECT), str(INJECT.parents[2]))),
     }
-    with server:
+    with Server(model, folder, *flags, variables=variables) as server:
         fault_free: dict[int, Result] = {}
         run_round(server.url, STEPS, seed, lambda result: fault_free.update({result.tenant.seed: result}))
         expected = {number: _tensors(folder, result) for number, result in fault_free.items()}

@@ -40,7 +40,9 @@ COMPILE_CACHE = Path(__file__).parents[2] / ".pytest_cache" / "xla"
 class Server:
     """Start with ``with``; ``kill``, ``interrupt`` and ``start`` again as often as a test likes."""
 
-    def __init__(self, model: Path, folder: Path, *flags: str, rank: int = 16) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *flags: str, rank: int = 16, variables: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -48,7 +50,7 @@ class Server:
         COMPILE_CACHE.mkdir(parents=True, exist_ok=True)
         (folder / "xla-cache").symlink_to(COMPILE_CACHE)
         self.process: subprocess.Popen[bytes] | None = None
-        self.environment = environment()
+        self._environment = environment() | (variables or {})
         self._command = [sys.executable, "-m", "tx.tinker.api", "--base-model", str(model)]
         self._command += ["--served-model-name", BASE_MODEL, "--port", str(self.port), "--data-dir", str(folder)]
         self._command += ["--max-lora-rank", str(rank), *flags]
@@ -72,7 +74,7 @@ class Server:
                 self._command,
                 stdout=log,
                 stderr=log,
-                env=self.environment | {"SERVER_UNDER_TEST": str(self.folder)},
+                env=self._environment | {"SERVER_UNDER_TEST": str(self.folder)},
                 start_new_session=True,
             )
 

@@ -18,6 +18,7 @@ from tx.tinker.notify import ChangeSignal
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire import tinker_pb2 as pb
+from tx.utils.storage import Storage
 from tx.worker.worker import Worker
 
 BASE = "tiny/qwen3"
@@ -34,7 +35,8 @@ class Bench:
         self.signal = ChangeSignal(url)
         self.pace = ChangeSignal(url)
         self.jobs = JobTable(self.db, self.signal)
-        self.folders = CheckpointFolders(folder / "checkpoints")
+        self.base = folder / "checkpoints"
+        self.folders = CheckpointFolders(self.base)
         self.points_folder = folder / "recovery"
         self.model_folder = model_folder
         self.room = room
@@ -52,6 +54,15 @@ class Bench:
         self.worker = new_worker(self.model_folder)
         self.engine = self._new_engine()
         self.jobs.requeue(BASE, self.in_flight.suspects)
+
+    def folder(self, path: str) -> Path:
+        """Where a checkpoint's files are, whether or not it exists."""
+        return self.base / paths.parse_path(path).folder
+
+    def use_storage(self, storage: Storage) -> None:
+        """From here on checkpoints are kept elsewhere, by an engine that starts anew on the same worker."""
+        self.folders = CheckpointFolders(storage)
+        self.engine = self._new_engine()
 
     def close(self) -> None:
         self.signal.close()

@@ -169,6 +169,21 @@ def test_data_lives_under_one_folder(tmp_path):
     assert str(parse().data_folder).startswith(str(Path.home()))
 
 
+def test_checkpoints_may_live_in_a_bucket():
+    config = parse("--checkpoints-base", "s3://bucket/prefix/")
+    assert config.checkpoints_folder == "s3://bucket/prefix"
+    argv = config.to_argv()
+    assert argv[argv.index("--checkpoints-base") + 1] == "s3://bucket/prefix", "the engine uses the same"
+
+
+@pytest.mark.parametrize("base", ["ftp://host/folder", "s3:/bucket", "s3://key:secret@bucket"])
+def test_a_base_that_cannot_be_used_is_refused_with_what_can(base, capsys):
+    with pytest.raises(SystemExit):
+        parse("--checkpoints-base", base)
+    sentence = capsys.readouterr().err
+    assert all(word in sentence for word in ("--checkpoints-base", base, "s3://, gs://, az://"))
+
+
 def test_engines_that_share_a_data_folder_park_apart(tmp_path):
     names = ("org/a", "other/a", "/models/a", "/models/b")
     folders = {parse("--data-dir", str(tmp_path), "--base-model", name).parking_folder for name in names}

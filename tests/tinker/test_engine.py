@@ -191,7 +191,7 @@ def test_a_resumed_model_continues_exactly(bench):
     assert (row.kind, row.name, row.seq_id, row.has_optimizer, row.user_metadata) == (
         "weights", "ck1", 2, True, {"a": "b"},
     )  # fmt: skip
-    folder = bench.folders.folder(paths.parse_path(path))
+    folder = bench.folder(path)
     assert row.size_bytes == sum(file.stat().st_size for file in folder.iterdir())
     assert row.expires_at == row.created_at + 3600
 
@@ -234,8 +234,8 @@ def test_overwriting_leaves_the_files_that_a_copy_shares(bench):
         first = db.get(Checkpoint, 1).folder
     assert (bench.folders.read(first)[0].step, bench.folders.read(source)[0].step) == (1, 0)
     bench.run(client.do("save_weights", path="ck", overwrite=True))
-    assert not bench.folders.folder(first).exists()  # nobody named it any more
-    assert bench.folders.folder(source).exists()
+    assert not (bench.base / first).exists()  # nobody named it any more
+    assert (bench.base / source).exists()
 
 
 def test_two_saves_of_one_new_name_do_not_share_a_folder(bench):
@@ -292,15 +292,15 @@ def test_a_checkpoint_of_another_shape_or_kind_is_refused(bench):
 def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_is_none(bench):
     client = Client(bench)
     bench.run(client.create(), client.do("save_weights", path="ck"), client.do("save_weights", path="old"))
-    folder = bench.folders.folder(paths.parse_path("tinker://sess-a:train:0/weights/ck"))
+    folder = bench.folder("tinker://sess-a:train:0/weights/ck")
     file = folder / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     fails(bench.run(client.do("load_weights", path="tinker://sess-a:train:0/weights/ck", optimizer=True))[0],
           "server", "optimizer.safetensors")  # fmt: skip
     with writing(bench.db) as db:
         db.merge(Checkpoint(**(db.get(Checkpoint, 2).model_dump() | {"expires_at": now() - 1})))
-    old = paths.parse_path("tinker://sess-a:train:0/weights/old")
-    fails(bench.run(client.do("load_weights", path=str(old), optimizer=True))[0], "user", "old")
+    old = "tinker://sess-a:train:0/weights/old"
+    fails(bench.run(client.do("load_weights", path=old, optimizer=True))[0], "user", "old")
 
 
 # ---- sampling ----
@@ -344,7 +344,7 @@ def test_c02_a_sampler_means_the_weights_at_its_save(bench):
     again = bench.run(client.sample(first, PROMPT))[0]
     assert tokens_of(one) == tokens_of(again) == tokens_of(from_path)
     assert tokens_of(one) != tokens_of(two)
-    assert not (bench.folders.folder(paths.parse_path(path)) / "optimizer.safetensors").exists()
+    assert not (bench.folder(path) / "optimizer.safetensors").exists()
 
 
 def test_an_overwritten_path_means_the_new_weights(bench):

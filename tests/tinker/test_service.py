@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.tinker.conftest import Client
+from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import RecordedSequence, now, open_database, reading, writing
+from tx.tinker.db import Checkpoint, RecordedSequence, now, open_database, reading, writing
 from tx.tinker.db import Session as SessionRow
 from tx.tinker.service import KEEP_RECORDINGS_S, Service, fingerprint
 from tx.tinker.sessions import EXPIRED_AFTER_S
@@ -35,6 +36,22 @@ def test_external_engines_count_only_while_they_live(external, engine):
     assert external.canonical("org/alias") == "org/base"
     engine.beat(age_s=60)
     assert external.served_models() == {}
+
+
+def test_files_that_cannot_be_deleted_keep_no_row_from_going(service, engine, caplog):
+    """The row is gone already, and what is left is only wasted space: nobody is refused for it."""
+    service.folders = CheckpointFolders("/dev/null/x")
+    with writing(service.db) as session:
+        session.add(
+            Checkpoint(
+                model_id="s:train:0", kind="weights", name="a", folder="s:train:0/weights/a", size_bytes=1,
+                created_at=now() - 7200, expires_at=now() - 3600,
+            )
+        )  # fmt: skip
+    service.sweep()
+    with reading(service.db) as session:
+        assert session.get(Checkpoint, 1) is None
+    assert "files remain: /dev/null/x can't be deleted: Not a directory" in caplog.text
 
 
 def test_recordings_are_swept_a_day_after_their_last_use(service):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.object_stores import CREDENTIALS
+from tests.support.server import free_port
 from tx.tinker import startup
 from tx.tinker.db import Engine as EngineRow
 from tx.tinker.db import open_database, reading
@@ -31,7 +33,8 @@ def command(tmp_path: Path, model: Path | str, *more: str) -> list[str]:
 
 
 def environ(tmp_path: Path) -> dict[str, str]:
-    return os.environ | {"TX_DATABASE_URL": f"sqlite:///{tmp_path / 'tx.db'}", "JAX_PLATFORMS": "cpu"}
+    nowhere = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    return os.environ | nowhere | {"TX_DATABASE_URL": f"sqlite:///{tmp_path / 'tx.db'}", "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,8 @@ def environ(tmp_path: Path) -> dict[str, str]:
     [
         ("/no/such/folder", [], ["/no/such/folder", "does not exist"]),
         ("tiny", ["--tensor-parallel-size", "64"], ["64"]),
+        ("tiny", ["--checkpoints-base", "/dev/null/x"], ["--checkpoints-base", "/dev/null/x", "Not a directory"]),
+        ("tiny", ["--checkpoints-base", "s3://none"], ["--checkpoints-base", "s3://none", "no connection"]),
     ],
 )
 def test_what_cannot_start_says_so_in_one_sentence(tmp_path, tiny_qwen3, model, more, words):

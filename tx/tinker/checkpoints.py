@@ -1,33 +1,25 @@
 """Checkpoint folders: written whole or not at all, verified when read.
 
-A folder is ``<base>/<model_id>/<kind of weights>/<name>``. It is written beside its place, synced and renamed,
-so a folder under its own name is complete. ``tx_checkpoint.json`` holds the size and SHA-256 of every other file, and
-what is needed to train on. What the files contain (a PEFT adapter, optimizer moments) is the caller's to say: this
+A folder is ``<base>/<model_id>/<kind of weights>/<name>``, local or in an object store: how it comes to be
+there whole is in ``tx.utils.storage``. Its card ``tx_checkpoint.json`` holds the size and SHA-256 of every other file,
+and what is needed to train on. What the files contain (a PEFT adapter, optimizer moments) is the caller's to say: this
 module knows neither models nor SQL.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from tx.errors import InvalidInput, NotFound, TxError
 from tx.tinker.wire.paths import TinkerPath
 from tx.types import LoraConfig
+from tx.utils.storage import CARD, OpenFolder, Storage, open_storage
 
-CARD = "tx_checkpoint.json"
 FORMAT = 1
-
-_OLD = "-old"
-"""Ending of a folder that is being replaced."""
 
 MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 86400
@@ -62,158 +54,129 @@ def check_ttl(ttl_seconds: object) -> float | None:
 
 
 class StoredCheckpoint:
-    """A checkpoint, open to be read; close it with ``with``.
+    """One version of a checkpoint, open to be read; close it with ``with``.
 
     Attributes:
         card: what it says about itself.
         sizes: bytes of each file by name, without the card's.
     """
 
-    def __init__(self, shown: str, folder: Path, card: CheckpointCard, sizes: dict[str, int]) -> None:
-        self.card = card
-        self.sizes = sizes
-        self._shown = shown
-        self._folder = folder
-
-    def open_file(self, name: str) -> BinaryIO:
-        """A file to be read piece by piece, unverified; raises NotFound for any that the card doesn't list."""
-        if name not in self.sizes:
-            raise NotFound("file", name, "one of " + ", ".join(self.sizes))
+    def __init__(self, shown: str, opened: OpenFolder) -> None:
         try:
-            return (self._folder / name).open("rb")
-        except OSError as error:
-            raise BrokenCheckpoint(f"{self._shown}: {name} can't be read ({error.strerror})") from error
-
-    def __enter__(self) -> StoredCheckpoint:
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        """Nothing is held open between files."""
-
-
-class CheckpointFolders:
-    """The folders under one base folder. Any thread may call it; two writers of one path must not overlap.
-
-    A checkpoint is named by its path, or by its folder as its row has it.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self._base = base
-
-    def folder(self, path: TinkerPath | str) -> Path:
-        """Where ``path`` lives, whether or not it exists."""
-        return self._base / (path if isinstance(path, str) else path.folder)
-
-    def write(self, path: TinkerPath, card: CheckpointCard, files: Mapping[str, bytes]) -> int:
-        """Write a folder, durably and at once; an older one of that path is replaced. Returns its size in bytes."""
-        target = self.folder(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f"{target.name}~{uuid.uuid4().hex}")  # no client may have "~" in a name
-        staging.mkdir()
-        try:
-            sums = {name: _write_synced(staging / name, content) for name, content in files.items()}
-            described = {"format": FORMAT, "path": str(path), **asdict(card), "files": sums}
-            _write_synced(staging / CARD, json.dumps(described, indent=1).encode())
-            _sync_folder(staging)
-            self._swap_in(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        return folder_bytes(target)
-
-    def open(self, path: TinkerPath | str) -> StoredCheckpoint:
-        """The checkpoint, to take files from; raises NotFound, or BrokenCheckpoint."""
-        card, sums = self._read_card(path)
-        sizes = {name: cast(int, expected["size"]) for name, expected in sums.items()}
-        return StoredCheckpoint(str(path), self.folder(path), card, sizes)
-
-    def read(self, path: TinkerPath | str) -> tuple[CheckpointCard, dict[str, bytes]]:
-        """The card and every file, verified; raises NotFound, or BrokenCheckpoint naming the file."""
-        folder = self.folder(path)
-        card, sums = self._read_card(path)
-        files = {}
-        for name, expected in sums.items():
-            try:
-                content = (folder / name).read_bytes()
-            except OSError as error:
-                raise BrokenCheckpoint(f"{path}: {name} can't be read ({error.strerror})") from error
-            if len(content) != expected["size"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise BrokenCheckpoint(f"{path}: {name} is not what was written (size or SHA-256 differ)")
-            files[name] = content
-        return card, files
-
-    def card(self, path: TinkerPath) -> CheckpointCard:
-        """The card alone, without verifying the files."""
-        return self._read_card(path)[0]
-
-    def delete(self, path: TinkerPath | str) -> None:
-        """Remove a folder; one that is not there is fine."""
-        target = self.folder(path)
-        gone = target.with_name(f"{target.name}~{uuid.uuid4().hex}")
-        try:
-            target.rename(gone)  # at once: a reader sees all of it or none
-        except FileNotFoundError:
-            return
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def sweep(self) -> int:
-        """Remove what a crash left half-written; how many folders. Call it while nobody writes."""
-        removed = 0
-        for leftover in sorted(self._base.glob("*/*/*~*")):
-            target = leftover.with_name(leftover.name.partition("~")[0])
-            if not target.exists() and leftover.name.endswith(_OLD):
-                leftover.rename(target)  # the crash came between the two renames of a replacement
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-                removed += 1
-        return removed
-
-    def _read_card(self, path: TinkerPath | str) -> tuple[CheckpointCard, dict[str, dict[str, object]]]:
-        try:
-            described = json.loads((self.folder(path) / CARD).read_text())
-            card = CheckpointCard(
+            described = opened.card
+            self.card = CheckpointCard(
                 base_model=described["base_model"],
                 lora=LoraConfig(**described["lora"]),
                 step=described["step"],
                 created_at=described["created_at"],
                 num_experts_per_tok=described["num_experts_per_tok"],
             )
-            return card, described["files"]
+            self._sums = {name: (int(sums["size"]), str(sums["sha256"])) for name, sums in described["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BrokenCheckpoint(f"{shown}: {CARD} can't be read ({error})") from error
+        self.sizes = {name: size for name, (size, _) in self._sums.items()}
+        self._shown = shown
+        self._opened = opened
+
+    def read(self, name: str) -> bytes:
+        """A whole file, verified; raises BrokenCheckpoint naming it, or StorageError."""
+        try:
+            content = self._opened.read(name)
         except FileNotFoundError as error:
-            raise NotFound("path", str(path), "a checkpoint that exists") from error
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise BrokenCheckpoint(f"{path}: {CARD} can't be read ({error})") from error
+            raise BrokenCheckpoint(f"{self._shown}: {name} is missing") from error
+        if (len(content), hashlib.sha256(content).hexdigest()) != self._sums[name]:
+            raise BrokenCheckpoint(f"{self._shown}: {name} is not what was written (size or SHA-256 differ)")
+        return content
 
-    def _swap_in(self, staging: Path, target: Path) -> None:
-        old = None
-        if target.exists():
-            # A non-empty folder can't be renamed over: step aside first, and let sweep() undo it after a crash.
-            old = target.with_name(f"{target.name}~{uuid.uuid4().hex}{_OLD}")
-            target.rename(old)
-        staging.rename(target)
-        _sync_folder(target.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+    def open_file(self, name: str) -> BinaryIO:
+        """A file to be read piece by piece, unverified; raises NotFound for any that the card doesn't list."""
+        if name not in self.sizes:
+            raise NotFound("file", name, "one of " + ", ".join(self.sizes))
+        try:
+            return self._opened.open(name)
+        except FileNotFoundError as error:
+            raise BrokenCheckpoint(f"{self._shown}: {name} is missing") from error
 
+    def is_same_as(self, other: StoredCheckpoint) -> bool:
+        """Whether both are the same version."""
+        return self._opened.card == other._opened.card
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in one checkpoint folder."""
-    return sum(file.stat().st_size for file in folder.iterdir())
+    def __enter__(self) -> StoredCheckpoint:
+        return self
 
-
-def _write_synced(file: Path, content: bytes) -> dict[str, object]:
-    with file.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    def __exit__(self, *details: object) -> None:
+        self._opened.__exit__(*details)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class CheckpointFolders:
+    """The folders under one base. Any thread may call it; two writers of one path must not overlap.
+
+    A checkpoint is named by its path, or by its folder as its row has it. Everything raises StorageError when the
+    storage itself fails.
+
+    Args:
+        base: local folder, URL, or the storage that is under it.
+    """
+
+    def __init__(self, base: Path | str | Storage) -> None:
+        self._storage = open_storage(base) if isinstance(base, Path | str) else base
+
+    def write(self, path: TinkerPath, card: CheckpointCard, files: Mapping[str, bytes]) -> int:
+        """Write a folder, durably and at once; an older one of that path is replaced. Returns its size in bytes."""
+        sums = {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        }
+        described = {"format": FORMAT, "path": str(path), **asdict(card), "files": sums}
+        return self._storage.write(path.folder, described, files)
+
+    def open(self, where: TinkerPath | str) -> StoredCheckpoint:
+        """The checkpoint as it is now, whatever happens to it later; raises NotFound, or BrokenCheckpoint."""
+        folder = where if isinstance(where, str) else where.folder
+        try:
+            opened = self._storage.open(folder)
+        except FileNotFoundError as error:
+            raise NotFound("path", str(where), "a checkpoint that exists") from error
+        except ValueError as error:
+            raise BrokenCheckpoint(f"{where}: {CARD} can't be read ({error})") from error
+        try:
+            return StoredCheckpoint(str(where), opened)
+        except BaseException:
+            opened.__exit__()
+            raise
+
+    def read(self, where: TinkerPath | str) -> tuple[CheckpointCard, dict[str, bytes]]:
+        """The card and every file, verified; raises NotFound, or BrokenCheckpoint naming the file."""
+        while True:
+            with self.open(where) as stored:
+                try:
+                    return stored.card, {name: stored.read(name) for name in stored.sizes}
+                except BrokenCheckpoint:
+                    with self.open(where) as now:
+                        if stored.is_same_as(now):
+                            raise
+                    # It was overwritten while we read, and the old files are gone: read the new ones.
+
+    def card(self, where: TinkerPath | str) -> CheckpointCard:
+        """The card alone, without verifying the files."""
+        with self.open(where) as stored:
+            return stored.card
+
+    def delete(self, where: TinkerPath | str) -> None:
+        """Remove a folder; one that is not there is fine."""
+        self._storage.delete(where if isinstance(where, str) else where.folder)
+
+    def sweep(self, model_ids: Container[str] | None = None) -> int:
+        """Remove what crashes left half-written of these models, or of all. Returns how many folders or versions.
+
+        Nobody may be writing checkpoints of those models meanwhile.
+        """
+
+        def owned(folder: str) -> bool:
+            return model_ids is None or folder.partition("/")[0] in model_ids
+
+        return self._storage.sweep(owned)
+
+    def check(self) -> None:
+        """Write, read and remove a small file; raises StorageError if that can't be done."""
+        self._storage.check()

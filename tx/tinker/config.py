@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tx.errors import StartupError
+from tx.utils.storage import check_url, is_url
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What is served when no base model is named; its weights come from the packages of the extra ``demo``."""
@@ -45,6 +46,14 @@ def _bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
+def _base(value: Any) -> Any:
+    """A local folder as it is, or a URL of a bucket in its one spelling."""
+    return check_url(str(value)) if is_url(str(value)) else str(value)
+
+
+Base = Annotated[str, BeforeValidator(_base)]
+
+
 def _flag(default: Any, help: str, **limits: Any) -> Any:
     return Field(default, description=help, **limits)
 
@@ -60,7 +69,9 @@ class TxConfig(BaseModel):
     port: int = _flag(8000, "port the API listens on (0: any free one)", ge=0, le=65535)
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
-    checkpoints_base: Path | None = _flag(None, "folder of the checkpoints (default: checkpoints in the data folder)")
+    checkpoints_base: Base | None = _flag(
+        None, "folder or s3://, gs:// or az:// URL of the checkpoints (default: checkpoints in the data folder)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _flag(
         "auto", "dtype of the base weights and activations: auto is bfloat16 on GPU, float32 on CPU"
     )
@@ -118,11 +129,13 @@ class TxConfig(BaseModel):
         return self.data_dir.expanduser().resolve()
 
     @property
-    def checkpoints_folder(self) -> Path:
-        """Absolute folder of the checkpoints."""
+    def checkpoints_folder(self) -> Path | str:
+        """Absolute folder of the checkpoints, or the URL that stands for one."""
         if self.checkpoints_base is None:
             return self.data_folder / "checkpoints"
-        return self.checkpoints_base.expanduser().resolve()
+        if is_url(self.checkpoints_base):
+            return self.checkpoints_base
+        return Path(self.checkpoints_base).expanduser().resolve()
 
     @property
     def parking_folder(self) -> Path:

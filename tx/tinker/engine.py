@@ -10,7 +10,8 @@ The life of a job:
    ``sample`` go to the worker.
 6. The loop gives the worker one training micro-batch, then decode slices for as long as that took, in turn.
 7. What a slice finished is encoded and committed at once; the commit wakes the API, which hands the bytes out.
-   Checkpoint files are written by a thread meanwhile, and their job commits when they are on the disk.
+   Checkpoint files are written by threads meanwhile, and their job commits when they are in storage; threads read
+   what a load or a sample needs. Jobs that wait for files hold up their own model alone.
 8. Whatever a job raises fails that job alone: category "user" for InvalidInput, else "server". Only a job whose model
    turns out to be lost starts again, once, behind the model's rebuild.
 
@@ -41,11 +42,12 @@ from tx.tinker.db import AWAY, Job, now
 from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.reads import StillReading
 from tx.tinker.rebuild import Rebuilds
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
-from tx.tinker.work import Work, Writing, made_sampler
+from tx.tinker.work import KIND_OF_SAVE, Work, Writing, made_sampler
 from tx.types import Finished
 from tx.utils import log as log_setup
 from tx.worker.worker import Worker
@@ -63,6 +65,10 @@ MAX_ATTEMPTS = 6
 COMMIT_WAITS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses between attempts to commit while the database is away."""
 
+WRITE_THREADS = 4
+MAX_WRITES = 8
+"""Saves whose files are being written or about to be; with as many, the next wait: each holds a model's state."""
+
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
 
@@ -70,7 +76,10 @@ MARK_STARTED_EVERY_S = 1.0
 HOUSEKEEPING_EVERY_S = 60.0
 PRUNE_JOBS_AFTER_S = 7 * 86400.0
 _IDLE_WAIT_S = 0.25
-_WRITING_WAIT_S = 0.005
+_FILES_WAIT_S = 0.005
+
+_A_WRITE = "a write"
+"""Blocks saves until any of the writes under way has ended."""
 
 _SAMPLING_KINDS = (SAMPLE,)
 _OTHER_KINDS = tuple(kind for kind in JOB_KINDS if kind != SAMPLE)
@@ -112,10 +121,10 @@ class Engine:
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work, points)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
-        self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild that they wait for
+        self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild, read or write that they wait for
         self._started_again: set[int] = set()  # jobs whose model was lost under them
         self._last_barrier: dict[str, int] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # one: writes of a path stay in order
+        self._writer = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="write")
         self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
         self._sampling_credit_s = 0.0  # device time that sampling may use before training's next turn
         self._unmarked: list[int] = []  # samples that started and whose rows don't say so yet
@@ -142,14 +151,15 @@ class Engine:
         """One round of the loop; False if there was nothing to do."""
         self._claim()
         self._advance_rebuilds()
+        self._unblock_read()
         self._start_ready()
         worked = self._compute()
         self._collect_writes()
         self._keep_house()
-        return worked or self._replan or bool(self._rebuilds)
+        return worked or self._replan or (bool(self._rebuilds) and not self._work.reads)
 
     def _wait(self) -> None:
-        if self._signal.wait(_WRITING_WAIT_S if self._writing else _IDLE_WAIT_S):
+        if self._signal.wait(_FILES_WAIT_S if self._writing or self._work.reads else _IDLE_WAIT_S):
             self._look = True
 
     # ---- 2: claim ---------------------------------------------------------------------------------------------
@@ -242,17 +252,20 @@ class Engine:
             if missing is not None:
                 self._blocked[header.request_id] = missing
                 return
-            del self._waiting[header.request_id]
             self._in_flight.set([*self._running, header.request_id])
             outcome = self._work.start(job)
+        except StillReading as reading:
+            self._blocked[header.request_id] = reading.key
+            return
         except AWAY:
             raise
         except Exception as error:
-            self._waiting.pop(header.request_id, None)
+            del self._waiting[header.request_id]
             if not self._starts_again(header, job, error):
                 self._fail(job, error)
                 self._passed(header)
             return
+        del self._waiting[header.request_id]
         if outcome is None:
             self._running[header.request_id] = header, job
             if header.is_sample:
@@ -277,7 +290,7 @@ class Engine:
     # ---- 4: rebuild -------------------------------------------------------------------------------------------
 
     def _missing(self, job: Job) -> str | None:
-        """The rebuild that a job has to wait for, begun if need be; None if all it needs is resident."""
+        """What a job has to wait for, a rebuild (begun if need be) or a write; None if it can start."""
         if job.kind == SAMPLE:
             need = self._work.snapshot_need(job)
             if need is None or self._work.load_snapshot(need):
@@ -285,6 +298,9 @@ class Engine:
             if need.snapshot_id not in self._rebuilds:
                 self._rebuilds.begin_snapshot(need)
             return need.snapshot_id
+        writes = job.kind in KIND_OF_SAVE and made_sampler(job) is None
+        if writes and (len(self._writing) >= MAX_WRITES or self._work.is_being_written(job)):
+            return _A_WRITE
         model_id = job.model_id or ""
         if model_id not in self._rebuilds:
             if job.kind in SELF_SUFFICIENT or self._worker.has_model(model_id):
@@ -314,13 +330,23 @@ class Engine:
         for key, error in self._rebuilds.advance().items():
             barrier = self._rebuilds.last_barrier.pop(key, -1)
             self._last_barrier[key] = max(self._last_barrier.get(key, -1), barrier)
-            freed = [request_id for request_id, rebuild in self._blocked.items() if rebuild == key]
-            for request_id in freed:
-                del self._blocked[request_id]
+            for request_id in self._unblock(key):
                 if error is not None:
                     _, job = self._waiting.pop(request_id)
                     self._fail(job, error)
-            self._replan = True
+
+    def _unblock_read(self) -> None:
+        if self._work.reads:
+            for key in {key for key in self._blocked.values() if self._work.reads.is_done(key)}:
+                self._unblock(key)
+
+    def _unblock(self, key: str) -> list[int]:
+        """The jobs that waited for ``key``; they may be planned again."""
+        freed = [request_id for request_id, blocker in self._blocked.items() if blocker == key]
+        for request_id in freed:
+            del self._blocked[request_id]
+        self._replan = True
+        return freed
 
     # ---- 6: compute, 7: commit --------------------------------------------------------------------------------
 
@@ -413,6 +439,7 @@ class Engine:
             except Exception as error:
                 self._work.abandon(writing_job)
                 self._fail(job, error)
+            self._unblock(_A_WRITE)
 
     # ---- 8: fail ----------------------------------------------------------------------------------------------
 
@@ -443,6 +470,7 @@ class Engine:
         self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
         self._park_idle()
         self._points.prune()
+        self._work.reads.drop_untaken()
         recordings.prune(self._db, now() - recordings.KEPT_S)
         self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
 

@@ -1,13 +1,15 @@
 """Bring lost models and ephemeral snapshots back, a little at a time, while everybody else's work goes on.
 
 A rebuild is a generator: it restores the starting point that ``tx.tinker.recovery`` chose, hands the finished jobs to
-the worker again, and yields whenever it has to wait for a micro-batch. The engine advances it between slices.
+the worker again, and yields whenever it has to wait for a micro-batch or for files to be read. The engine advances it
+between slices.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
 
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import select
@@ -16,11 +18,12 @@ from tx.errors import ModelLost, NotFound, TxError
 from tx.tinker.checkpoints import BrokenCheckpoint
 from tx.tinker.db import AWAY, Checkpoint, RecoveryPoint, reading
 from tx.tinker.jobs import JobTable
+from tx.tinker.reads import when_read
 from tx.tinker.recovery import Replay, plan_replay
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING
 from tx.tinker.work import SnapshotNeed, Work
-from tx.types import Finished
+from tx.types import Finished, ModelState
 from tx.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ class Rebuilds:
         self._worker = worker
         self._work = work
         self._points = points
-        self._damaged: set[tuple[str, int | None, float]] = set()  # starting points that could not be read
+        self._damaged: set[str] = set()  # starting points that could not be read
         self._under_way: dict[str, Iterator[None]] = {}
         self._next_id = -1  # the worker's job ids below zero are replays: nobody is answered
         self._awaited: set[int] = set()
@@ -97,14 +100,14 @@ class Rebuilds:
 
     def _rebuild(self, model_id: str, target: str, until: int | None = None) -> Iterator[None]:
         try:
-            replay = self._restore_start(model_id, target, until)
+            replay = yield from self._restore_start(model_id, target, until)
             yield from self._replay(replay, target)
         except BaseException:
             self._worker.drop_model(target)  # half a model must not look like a whole one
             raise
         log.info("rebuilt %s", target)
 
-    def _restore_start(self, model_id: str, target: str, until: int | None) -> Replay:
+    def _restore_start(self, model_id: str, target: str, until: int | None) -> Generator[None, None, Replay]:
         """Put the newest state that can be read into ``target``; what is left to replay."""
         while True:
             replay = self._plan(model_id, until)
@@ -113,10 +116,7 @@ class Rebuilds:
             if start is None:
                 return replay
             try:
-                if isinstance(start, RecoveryPoint):
-                    state = self._points.read(start)
-                else:
-                    state = self._work.read_state(start)
+                state = yield from when_read(partial(self._read, start))
             except (BrokenCheckpoint, NotFound) as error:
                 log.warning("%s can't be rebuilt from %s, so from an older state: %s", target, _start_of(replay), error)
                 self._damaged.add(_key(start))
@@ -125,13 +125,18 @@ class Rebuilds:
             self._work.applied[target] = start.seq_id
             return replay
 
+    def _read(self, start: Checkpoint | RecoveryPoint) -> ModelState:
+        if isinstance(start, RecoveryPoint):
+            return self._work.reads.take(_key(start), lambda: self._points.read(start))
+        return self._work.read_state(start)
+
     def _replay(self, replay: Replay, target: str) -> Iterator[None]:
         waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
         for job in replay.jobs:
             if job.kind != "forward_backward":
                 yield from self._wait(waiting)
             job_id, self._next_id = self._next_id, self._next_id - 1
-            if self._work.redo(job, target, job_id):
+            if (yield from when_read(partial(self._work.redo, job, target, job_id))):
                 self._points.trained(target, job.tokens_in)
                 self._awaited.add(job_id)
                 waiting.append(job_id)
@@ -164,5 +169,5 @@ def _start_of(replay: Replay) -> str:
     return f"checkpoint {replay.start.name}"
 
 
-def _key(start: Checkpoint | RecoveryPoint) -> tuple[str, int | None, float]:
-    return type(start).__name__, start.seq_id, start.created_at
+def _key(start: Checkpoint | RecoveryPoint) -> str:
+    return f"{type(start).__name__} {start.model_id} {start.seq_id} {start.created_at!r}"

@@ -194,10 +194,9 @@ class RecoveryPoints:
         return size, self._clock() - started
 
     def _sweep(self) -> None:
-        self._folders.sweep()
         with reading(self._db) as session:
             rows = session.exec(select(RecoveryPoint).where(RecoveryPoint.base_model == self._base_model)).all()
-        known = {self._folders.folder(_path(row)) for row in rows}
+        known = {self._folder / _path(row).folder for row in rows}
         for folder in self._folder.glob("*/*/*"):
             if folder not in known:
                 shutil.rmtree(folder, ignore_errors=True)

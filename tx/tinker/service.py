@@ -19,6 +19,7 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
+from tx.errors import StorageError
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
@@ -208,7 +209,10 @@ class Service:
     def remove_folder(self, checkpoint: Checkpoint) -> None:
         """Delete a checkpoint's files, once its row is gone."""
         log.info("Removing checkpoint %s", checkpoint.folder)
-        self.folders.delete(checkpoint.folder)
+        try:
+            self.folders.delete(checkpoint.folder)
+        except StorageError as error:
+            log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
 def _service(request: Request) -> Service:

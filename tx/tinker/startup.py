@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import jax
 from sqlalchemy.engine import Engine as Database
+from sqlmodel import select
 
-from tx.errors import InvalidInput, StartupError
+from tx.errors import InvalidInput, StartupError, StorageError
 from tx.tinker.base_model import locate
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import open_database
+from tx.tinker.db import Model, open_database, reading
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.registration import Registration
 from tx.utils.log import human_bytes
@@ -58,9 +59,8 @@ def start(config: TxConfig) -> Iterator[Ready]:
     db = open_database(config.resolved_database_url)
     registration = Registration(db, config.base_model_name, config.served_names)
     try:
+        folders = _open_folders(config, db)
         worker = _load(config, registration)
-        folders = CheckpointFolders(config.checkpoints_folder)
-        folders.sweep()
         yield Ready(db, ChangeSignal(config.resolved_database_url, ("appended",)), worker, folders, registration)
     except StartupError as error:
         registration.close("failed", str(error))
@@ -119,6 +119,25 @@ def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], b
             log.warning("warming up, %s failed: %s", step.name, error)
         log.info("warming up: %d of %d, %s, %.1f s", number, len(steps), step.name, time.monotonic() - step_began)
     log.info("warmed up in %.0f s", time.monotonic() - began)
+
+
+def _open_folders(config: TxConfig, db: Database) -> CheckpointFolders:
+    """The checkpoints' base, checked and swept before anything that takes longer."""
+    folders = CheckpointFolders(config.checkpoints_folder)
+    try:
+        folders.check()
+    except StorageError as error:
+        raise StartupError(f"--checkpoints-base: {error}.") from error
+    with reading(db) as session:  # other engines may be writing theirs
+        model_ids = set(session.exec(select(Model.model_id).where(Model.base_model == config.base_model_name)).all())
+    try:
+        swept = folders.sweep(model_ids)
+    except StorageError as error:
+        log.warning("What crashes left of checkpoints stays until the next start: %s", error)
+    else:
+        if swept:
+            log.info("removed %d half-written checkpoints", swept)
+    return folders
 
 
 def _load(config: TxConfig, registration: Registration) -> Worker:

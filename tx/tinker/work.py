@@ -1,7 +1,8 @@
 """What the engine does for each kind of job: one handler per kind, from a stored payload to an outcome.
 
 A handler finishes at once (``Outcome``), or leaves files to be written (``Writing``), or hands its rows to the
-worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone.
+worker (None), whose result comes back through ``finish``. It raises what is wrong with the job and with it alone, or
+StillReading before it has had any effect: it is called again when the checkpoint that it needs has been read.
 When a job may start is the scheduler's to say; how a lost model comes back is in ``tx.tinker.rebuild``.
 """
 
@@ -21,6 +22,7 @@ from tx.tinker import age_files, model_files, recordings
 from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
 from tx.tinker.jobs import Outcome
+from tx.tinker.reads import Reads
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire.optimizer import adam_params, check_optimizer_config
 from tx.tinker.wire.paths import TinkerPath
@@ -28,6 +30,13 @@ from tx.worker.worker import Worker
 
 MAX_SNAPSHOTS = 128
 """Snapshots that the worker keeps, on the device or parked; older ones come back from disk or by replay when used."""
+
+KIND_OF_SAVE: dict[str, paths.PathKind] = {
+    "save_weights": "weights",
+    "save_weights_for_sampler": "sampler_weights",
+    "save_weights_external": "external_weights",
+}
+"""Kinds of jobs that write files, and what their paths say."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Work:
         self._snapshots: OrderedDict[str, None] = OrderedDict()
         self._needs: dict[int, SnapshotNeed | None] = {}  # by sample job that waits for its snapshot
         self._being_written: set[str] = set()
+        self.reads = Reads()
         self.applied: dict[str, int | None] = {}
         """By model: ``seq_id`` of the last job whose effect its weights and moments hold."""
         self._handlers: dict[str, Callable[[Job, str], Outcome | Writing | None]] = {
@@ -175,8 +185,15 @@ class Work:
         return Outcome(_id(job), codec.encode_json({"model_id": model_id, "type": "unload_model"}))
 
     def read_state(self, checkpoint: Checkpoint) -> types.ModelState:
-        """The verified state of a checkpoint of this base model; a copy's files lie with its source's."""
-        card, files = self._folders.read(checkpoint.folder)
+        """The verified state of a checkpoint of this base model; raises StillReading until a thread has read it.
+
+        A copy's files lie with its source's.
+        """
+        key = f"{checkpoint.folder}?{checkpoint.created_at!r}"
+        return self.reads.take(key, lambda: self._read_now(checkpoint.folder))
+
+    def _read_now(self, folder: str) -> types.ModelState:
+        card, files = self._folders.read(folder)
         if card.base_model != self._base_model:
             raise InvalidInput("path", f"a checkpoint of {card.base_model}", f"one of {self._base_model}")
         return model_files.from_files(card, files, card.num_experts_per_tok)
@@ -200,21 +217,21 @@ class Work:
 
     def _save_weights(self, job: Job, model_id: str) -> Writing:
         request = codec.parse_json(_payload(job))
-        path = self._new_path(job, request, "weights")
+        path = self._new_path(job, request)
         return self._write(job, request, path, self._worker.export_model(model_id))
 
     def _save_weights_for_sampler(self, job: Job, model_id: str) -> Outcome | Writing:
         request = codec.parse_json(_payload(job))
         if request.get("path") is None and request.get("sampling_session_seq_id") is not None:
             return self._take_ephemeral(job, model_id)
-        path = self._new_path(job, request, "sampler_weights")
+        path = self._new_path(job, request)
         return self._write(job, request, path, self._worker.export_model(model_id))
 
     def _save_weights_external(self, job: Job, model_id: str) -> Writing:
         """A PEFT folder to take away, encrypted if the request names recipients."""
         request = codec.parse_json(_payload(job))
         recipients = age_files.parse_recipients(request.get(age_files.FIELD))
-        path = self._new_path(job, request, "external_weights")
+        path = self._new_path(job, request)
         return self._write(job, request, path, self._worker.export_model(model_id), recipients)
 
     def _take_ephemeral(self, job: Job, model_id: str) -> Outcome:
@@ -229,11 +246,17 @@ class Work:
         result = {"sampling_session_id": sampler.sampler_id, "path": None, "type": "save_weights_for_sampler"}
         return Outcome(_id(job), codec.encode_json(result), rows=[_changed(sampler, snapshot_id=snapshot_id)])
 
-    def _new_path(self, job: Job, request: dict[str, Any], kind: paths.PathKind) -> TinkerPath:
+    def is_being_written(self, job: Job) -> bool:
+        """Whether a named save would write where another write is under way."""
+        name = codec.parse_json(_payload(job)).get("path")
+        kind = KIND_OF_SAVE[job.kind]
+        return f"tinker://{job.model_id}/{kind}/{name}" in self._being_written
+
+    def _new_path(self, job: Job, request: dict[str, Any]) -> TinkerPath:
         """Where to save; refused if the name is taken and ``overwrite`` doesn't say so."""
         name = request.get("path")
         name = f"{job.request_id:06d}" if name is None else paths.check_name(str(name))
-        path = TinkerPath(job.model_id or "", kind, name)
+        path = TinkerPath(job.model_id or "", KIND_OF_SAVE[job.kind], name)
         check_ttl(request.get("ttl_seconds"))
         taken = str(path) in self._being_written or self._checkpoint(path) is not None
         if taken and not request.get("overwrite"):
@@ -327,7 +350,7 @@ class Work:
         if sampler.snapshot_id is None:
             raise NotFound("sampling_session_id", job.sampler_id, "one whose save_weights_for_sampler went well")
         model_id, _, request_id = sampler.snapshot_id.rpartition("@")
-        return SnapshotNeed(sampler.snapshot_id, None, model_id, int(request_id))
+        return SnapshotNeed(sampler.snapshot_id, model_id=model_id, request_id=int(request_id))
 
     def load_snapshot(self, need: SnapshotNeed) -> bool:
         """Make a checkpoint's snapshot resident; False for an ephemeral one that is not: it takes a rebuild."""
