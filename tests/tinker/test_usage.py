@@ -22,9 +22,7 @@ def db(database_url):
     with writing(database) as session:
         for name, project in (("s1", "p1"), ("s2", None)):
             session.add(
-                Session(
-                    session_id=name, created_at=0, heartbeat_at=0, project_id=project, user_metadata={"name": name}
-                )
+                Session(session_id=name, created_at=0, heartbeat_at=0, project_id=project, user_metadata={"name": name})
             )
             session.add(
                 Model(
@@ -101,7 +99,11 @@ def test_usage_outlives_payloads_and_results(db):
     store(db, job("sample", T0 + 1, model_id=None, tokens_in=9, tokens_out=8, payload=b"p", result=b"r"))
     before = found(db)
     assert JobTable(db).prune(T0 + HOUR_S) == 3
-    assert found(db) == before == [(0, "s1", "training", 100), (0, "s1", "sampling_prefill", 9), (0, "s1", "sampling_sample", 8)]
+    assert (
+        found(db)
+        == before
+        == [(0, "s1", "training", 100), (0, "s1", "sampling_prefill", 9), (0, "s1", "sampling_sample", 8)]
+    )
 
 
 def test_usage_is_listed_under_the_name_and_the_project_that_the_client_knows(db):

@@ -60,7 +60,9 @@ def user_metadata(db: Database, session_ids: Iterable[str]) -> dict[str, admin.U
     return found
 
 
-def current_storage(db: Database, prices: Prices, now_s: float, project_id: str | None = None) -> list[admin.StorageItem]:
+def current_storage(
+    db: Database, prices: Prices, now_s: float, project_id: str | None = None
+) -> list[admin.StorageItem]:
     """What lies in storage now, by project; bytes that copies share count once, where they were first."""
     lives = or_(col(Checkpoint.expires_at).is_(None), col(Checkpoint.expires_at) > now_s)
     first = select(func.min(Checkpoint.id)).where(lives).group_by(col(Checkpoint.folder))
@@ -165,9 +167,7 @@ def _tokens_by_hour(start_s: int, end_s: int, dialect: str) -> Any:
     return select(*by, *(func.sum(count).label(count.name) for count in counts)).group_by(*by)
 
 
-def _storage_events(
-    db: Database, start_s: int, end_s: int, prices: Prices, now_s: float
-) -> Iterator[admin.UsageEvent]:
+def _storage_events(db: Database, start_s: int, end_s: int, prices: Prices, now_s: float) -> Iterator[admin.UsageEvent]:
     with reading(db) as session:
         rows = session.connection().execute(_storage_by_hour(start_s, end_s, now_s)).all()
     for row in rows:
@@ -187,7 +187,7 @@ def _storage_by_hour(start_s: int, end_s: int, now_s: float) -> Any:
     hour = select(literal(0, Integer).label("hour")).cte("hours", recursive=True)
     hour = hour.union_all(select(hour.c.hour + 1).where(start_s + (hour.c.hour + 1) * HOUR_S < end_s))
     # Copies share a folder: it is there from the first of them to the end of the last.
-    expires = case((func.count(Checkpoint.expires_at) == func.count(), func.max(Checkpoint.expires_at)))
+    expires = case((func.count(col(Checkpoint.expires_at)) == func.count(), func.max(Checkpoint.expires_at)))
     folder = (
         select(
             func.min(Checkpoint.id).label("first"),
