@@ -267,6 +267,7 @@ def test_the_base_model_samples_reproducibly(bench):
     assert len(body["prompt_logprobs"]) == len(body["topk_prompt_logprobs"]) == 4
     assert all(len(pairs) == 3 for pairs in body["topk_prompt_logprobs"][1:])
     assert jobs[0].tokens_out == 12
+    assert [job.tokens_cached for job in jobs] == [0, len(PROMPT) - 1, len(PROMPT) - 1], "one prefill for all three"
 
 
 def test_c02_a_sampler_means_the_weights_at_its_save(bench):

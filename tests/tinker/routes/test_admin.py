@@ -41,9 +41,10 @@ def test_usage_of_real_requests_with_their_costs(client, running):
     answer = usage(client)
     assert answer["sessions"] == {session: {"user_metadata": {"team": "a"}}}
     events = {event["event_info"]["type"]: event for event in answer["data"]}
-    prefill, sampled = events["sampling_prefill"], events["sampling_sample"]
-    assert prefill["event_info"] == {"type": "sampling_prefill", "cached": False, "token_count": 3}
-    assert sampled["event_info"] == {"type": "sampling_sample", "token_count": 0} | {"token_count": 2}
+    sampled = events["sampling_sample"]
+    assert sampled["event_info"] == {"type": "sampling_sample", "token_count": 2}
+    prompts = [event["event_info"] for event in answer["data"] if event["event_info"]["type"] == "sampling_prefill"]
+    assert [(prompt["cached"], prompt["token_count"]) for prompt in prompts] == [(False, 2), (True, 1)]
     assert (sampled["session_id"], sampled["base_model"]) == (session, "org/alias")
     assert sampled["estimated_cost_usd"] == pytest.approx(2 * 4.0 / 1e6)
     assert sampled["effective_rate_usd_per_million_tokens"] == 4.0
@@ -116,13 +117,13 @@ def test_the_audit_log_is_a_days_entries_in_order(client):
     add_entries(
         client,
         at("2026-07-13T23:59:59.999+00:00", audit.entry("checkpoints", "late")),
-        at("2026-07-13T00:00:00+00:00", audit.entry("checkpoints", "checkpoint_publish", **about, public=True)),
-        at("2026-07-13T12:00:00+00:00", audit.entry("projects", "project_assign")),
+        at("2026-07-13T00:00:00+00:00", audit.entry("checkpoints", "checkpoint.publish", **about, public=True)),
+        at("2026-07-13T12:00:00+00:00", audit.entry("projects", "project.set_owner")),
         at("2026-07-12T23:59:59.999+00:00", audit.entry("checkpoints", "before")),
         at("2026-07-14T00:00:00+00:00", audit.entry("checkpoints", "after")),
     )
     found = entries(client, day="2026-07-13")
-    assert [entry["event"] for entry in found] == ["checkpoint_publish", "project_assign", "late"]
+    assert [entry["event"] for entry in found] == ["checkpoint_publish", "project_set_owner", "late"]
     assert (
         found[0]
         == {

@@ -132,7 +132,7 @@ def _audit_entry(row: AuditEntry) -> admin.AuditEntry:
     known = {key: value for key, value in about.items() if value is not None}
     return admin.AuditEntry(
         timestamp=timestamp(row.at),
-        event=row.event,
+        event=row.event.replace(".", "_", 1),  # checkpoint.publish: the protocol writes <resource>_<action>
         event_details={"actor": row.actor} | known | row.details,
         **known,
     )

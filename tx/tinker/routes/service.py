@@ -14,7 +14,7 @@ from tx.tinker import telemetry
 from tx.tinker.audit import LOCAL
 from tx.tinker.auth import new_token
 from tx.tinker.service import Api, Service, body
-from tx.tinker.wire import admin, requests, responses
+from tx.tinker.wire import admin, compat, requests, responses
 
 router = APIRouter()
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def health(api: Api, response: Response) -> responses.Health:
 
 @router.post("/client/config")
 def client_config(
-    api: Api, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
+    http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
 ) -> admin.ClientConfig:
     """Flags for the SDK. All are said, most of them at the SDK's own defaults.
 
@@ -47,7 +47,7 @@ def client_config(
     return admin.ClientConfig(
         pjwt_auth_enabled=False,
         credential_default_source="api_key",
-        parallel_fwdbwd_chunks=True,
+        parallel_fwdbwd_chunks=compat.sends_first_chunk_last(compat.client_version(http.headers)),
         proto_compress_fwdbwd=False,
         fwdbwd_max_chunk_len=1024,
         fwdbwd_max_chunk_bytes_count=5_000_000,
