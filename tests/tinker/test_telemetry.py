@@ -68,7 +68,7 @@ def test_what_is_no_report_leaves_nothing_and_raises_nothing(db, body):
     [
         b'{"session_id": "a\\u0000b", "events": [{"event": "x\\u0000"}]}',
         b'{"session_id": "a\\ud800b", "events": [{"event": "\\ud800"}]}',
-        b'{"session_id": "s", "events": [{"event": "x", "value": NaN, "other": -Infinity}]}',
+        b'{"session_id": "s", "events": [{"event": "x", "value": NaN, "other": -Infinity, "big": 1e999}]}',
         b'{"session_id": 5, "events": [{}]}',
         b'{"events": [{"event": {"deep": []}, "severity": ["ERROR"]}]}',
         b'{"events": [{"event": 1, "n": 123456789012345678901234567890}]}',

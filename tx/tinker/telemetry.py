@@ -8,6 +8,7 @@ most some 160 MB.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ _CUT_CHARS = {"error_message": 500, "traceback": 1000}
 _CUT_REST_CHARS = 60
 _KEPT_OF_LONG = ("event", "event_id", "event_name", "error_type", "error_message", "timestamp", "duration", *_OF_BATCH)
 
+_MAX_DEPTH = 50
+"""Of lists and objects in one another; who writes JSON gives up somewhere."""
+
 _TRIM_LOCK = 0x7478_0003
 """Key of the PostgreSQL advisory lock under which old events are deleted, so that two deletions can't dead-lock."""
 
@@ -51,7 +55,7 @@ class Batch:
 def read(body: bytes) -> Batch:
     """A request body, whatever it is."""
     try:
-        report = json.loads(body, parse_constant=str)
+        report = json.loads(body, parse_constant=str, parse_float=_finite)
     except (ValueError, RecursionError):
         report = None
     if not isinstance(report, dict):
@@ -111,9 +115,11 @@ def _text(value: Any, limit: int) -> str:
 
 
 def _fit(event: dict[str, Any]) -> dict[str, Any]:
-    """An event as it came; of one that is too long, what tells most."""
-    if len(json.dumps(event)) <= MAX_EVENT_BYTES:
-        return event
+    """An event as it came; of one that is too long or too deep, what tells most."""
+    if _is_shallow(event, _MAX_DEPTH):
+        event = _clean(event)
+        if len(json.dumps(event)) <= MAX_EVENT_BYTES:
+            return event
     cut: dict[str, Any] = {
         key: event[key][: _CUT_CHARS.get(key, _CUT_REST_CHARS)]
         for key in _KEPT_OF_LONG
@@ -121,4 +127,22 @@ def _fit(event: dict[str, Any]) -> dict[str, Any]:
     }
     if isinstance(event.get("traceback"), str):
         cut["traceback"] = event["traceback"][-_CUT_CHARS["traceback"] :]  # its end says what went wrong
-    return cut | {"severity": severity_of(event), "cut": True}
+    return _clean(cut) | {"severity": severity_of(event), "cut": True}
+
+
+def _clean(event: dict[str, Any]) -> dict[str, Any]:
+    """Without halves of surrogate pairs, which can't be sent back."""
+    cleaned: dict[str, Any] = json.loads(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace"))
+    return cleaned
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
+
+
+def _finite(text: str) -> float | str:
+    """A number; one past the range of floats, which JSON can't write again, as its text."""
+    return number if math.isfinite(number := float(text)) else text

@@ -183,6 +183,17 @@ def test_no_telemetry_is_an_error(client, body):
     assert (reply.status_code, reply.json()) == (200, {"status": "accepted"})
 
 
+@pytest.mark.parametrize(
+    "value", ["1e999", "NaN", '"\\ud800"', '"\\u0000"', "[" * 400 + "]" * 400, "[" * 5000 + "]" * 5000, "9" * 100]
+)
+def test_odd_telemetry_can_be_read_again(client, value):
+    sent = f'{{"session_id": "s\\ud800", "events": [{{"event_name": "odd", "value": {value}}}]}}'
+    client.post("telemetry", content=sent.encode())
+    reply = client.get("telemetry")
+    assert reply.status_code == 200
+    assert len(value) > 5000 or [event["event"]["event_name"] for event in reply.json()["events"]] == ["odd"]
+
+
 def test_telemetry_is_accepted_when_the_database_is_not_there(client, monkeypatch):
     from sqlalchemy.exc import OperationalError
 
