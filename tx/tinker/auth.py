@@ -37,22 +37,22 @@ def new_token(db: Database) -> str:
         "exp": issued_at + TOKEN_LIFETIME_S,
     }
     signed = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode(claims)}"
-    signature = hmac.new(_key(db), signed.encode(), hashlib.sha256).digest()
+    signature = hmac.new(shared_key(db, _SECRET), signed.encode(), hashlib.sha256).digest()
     return f"{signed}.{_base64url(signature)}"
 
 
-def _key(db: Database) -> bytes:
-    """The shared key, made by whoever needs it first."""
+def shared_key(db: Database, name: str) -> bytes:
+    """The secret of that name, made by whoever needs it first; the same in every process of this database."""
     with reading(db) as session:
-        secret = session.get(Secret, _SECRET)
+        secret = session.get(Secret, name)
     if secret is not None:
         return secret.value
     try:
         with writing(db) as session:
-            session.add(secret := Secret(name=_SECRET, value=secrets.token_bytes(32)))
+            session.add(secret := Secret(name=name, value=secrets.token_bytes(32)))
         return secret.value
     except IntegrityError:  # another process was faster
-        return _key(db)
+        return shared_key(db, name)
 
 
 def _encode(part: dict[str, Any]) -> str:
