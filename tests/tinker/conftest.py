@@ -84,7 +84,8 @@ class StandInEngine:
             import numpy as np
 
             sequence = types.SampledSequence(np.array([7, 8], np.int32), np.array([-0.5, -1], np.float32), "length")
-            return Outcome(job.request_id, codec.encode_sample(types.SampleResult([sequence])), codec.SAMPLE_RESPONSE)
+            result = codec.encode_sample(types.SampleResult([sequence]))
+            return Outcome(job.request_id, result, codec.SAMPLE_RESPONSE, tokens_out=2, tokens_cached=1)
         if job.kind in ("create_model", "load_weights") and job.seq_id == 0:
             with tables.reading(self.db) as session:
                 model = session.get(Model, job.model_id)

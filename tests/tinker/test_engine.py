@@ -235,7 +235,7 @@ def test_overwriting_leaves_the_files_that_a_copy_shares(bench):
     assert (bench.folders.read(first)[0].step, bench.folders.read(source)[0].step) == (1, 0)
     bench.run(client.do("save_weights", path="ck", overwrite=True))
     assert not (bench.base / first).exists()  # nobody named it any more
-    assert (bench.base / source).exists()
+    assert (bench.base / source.folder).exists()
 
 
 def test_two_saves_of_one_new_name_do_not_share_a_folder(bench):
@@ -325,6 +325,7 @@ def test_the_base_model_samples_reproducibly(bench):
     assert len(body["prompt_logprobs"]) == len(body["topk_prompt_logprobs"]) == 4
     assert all(len(pairs) == 3 for pairs in body["topk_prompt_logprobs"][1:])
     assert jobs[0].tokens_out == 12
+    assert [job.tokens_cached for job in jobs] == [0, len(PROMPT) - 1, len(PROMPT) - 1], "one prefill for all three"
 
 
 def test_c02_a_sampler_means_the_weights_at_its_save(bench):

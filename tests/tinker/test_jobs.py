@@ -154,10 +154,10 @@ def test_commit_writes_result_and_rows_in_one_transaction(db, jobs):
     jobs.claim(BASE, 1)
     ready = model_row()
     ready.state = "ready"
-    jobs.commit([Outcome(request, b"answer", "ForwardBackwardOutput", tokens_out=3, rows=[ready])])
+    jobs.commit([Outcome(request, b"answer", "ForwardBackwardOutput", tokens_out=3, tokens_cached=2, rows=[ready])])
     job = jobs.finished([request])[request]
     assert (job.status, job.result, job.result_type) == ("done", b"answer", "ForwardBackwardOutput")
-    assert (job.tokens_in, job.tokens_out) == (7, 3)
+    assert (job.tokens_in, job.tokens_out, job.tokens_cached) == (7, 3, 2)
     assert job.finished_at is not None
     with reading(db) as session:
         assert session.get(Model, "s:train:0").state == "ready"

@@ -143,3 +143,28 @@ def test_listing(sessions):
     assert len(sessions.recent(2, 2)) == 1
     sessions.create_sampler(sampler(made[0]))
     assert sessions.contents(made[0]) == ([], [f"{made[0]}:sample:0"])
+
+
+def test_copies_of_a_client_that_join_at_the_same_time_get_numbers_of_their_own(db, sessions):
+    sampler_id = sessions.create_sampler(sampler(sessions.create(row()))).sampler_id
+    barrier, numbers = threading.Barrier(6), []
+
+    def join() -> None:
+        barrier.wait()
+        for _ in range(5):
+            numbers.append(Sessions(db).join_sampler(sampler_id))
+
+    threads = [threading.Thread(target=join) for _ in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(numbers) == list(range(1, 31))
+
+
+def test_nobody_joins_a_sampler_whose_session_is_finished(sessions):
+    session_id = sessions.create(row())
+    sampler_id = sessions.create_sampler(sampler(session_id)).sampler_id
+    sessions.finish(session_id, "success", None)
+    with pytest.raises(InvalidInput, match="session_id"):
+        sessions.join_sampler(sampler_id)
+    with pytest.raises(NotFound, match="sampling_session_id"):
+        sessions.join_sampler("s:sample:9")

@@ -33,7 +33,19 @@ from tx import __version__
 from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
-from tx.tinker.routes import checkpoints, files, futures, models, runs, sampling, service, sessions, training, weights
+from tx.tinker.routes import (
+    admin,
+    checkpoints,
+    files,
+    futures,
+    models,
+    runs,
+    sampling,
+    service,
+    sessions,
+    training,
+    weights,
+)
 from tx.tinker.service import Service
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
@@ -79,7 +91,7 @@ def create_app(service_: Service) -> FastAPI:
 
     app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
     app.state.service = service_
-    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files):
+    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin):
         app.include_router(module.router, prefix=PREFIX)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)

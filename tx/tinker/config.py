@@ -26,6 +26,7 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _POSITIVE = {"ge": 1}
 _COUNT = {"ge": 0}
+_PRICE: dict[str, Any] = {"ge": 0, "allow_inf_nan": False}
 _FALSE = {"0", "false", "no", "off"}
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -95,6 +96,10 @@ class TxConfig(BaseModel):
     max_queued_samples: int = _flag(
         16384, "most sequences that may wait or decode; beyond it samples are told to come back later", **_POSITIVE
     )
+    price_training: float = _flag(0.0, "USD per million tokens of forward and backward passes, for usage", **_PRICE)
+    price_prefill: float = _flag(0.0, "USD per million prompt tokens that were not cached, for usage", **_PRICE)
+    price_sample: float = _flag(0.0, "USD per million sampled tokens, for usage", **_PRICE)
+    price_storage: float = _flag(0.0, "USD per gigabyte and month of checkpoints, for usage", **_PRICE)
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass to save memory")
     shard_attention_heads: bool = _flag(True, "split attention heads over the tensor-parallel devices")
     warmup: bool = _flag(False, "compile the usual programs before the server says that it is ready")

@@ -96,6 +96,7 @@ class Outcome:
     result_type: str = "application/json"
     tokens_in: int = 0
     tokens_out: int = 0
+    tokens_cached: int = 0
     rows: Sequence[SQLModel] = field(default=())
 
 
@@ -163,7 +164,8 @@ class JobTable:
             _take_turns(session)
             for outcome in outcomes:
                 values: dict[str, Any] = {"tokens_in": outcome.tokens_in} if outcome.tokens_in else {}
-                values.update(result=outcome.result, result_type=outcome.result_type, tokens_out=outcome.tokens_out)
+                values.update(result=outcome.result, result_type=outcome.result_type)
+                values.update(tokens_out=outcome.tokens_out, tokens_cached=outcome.tokens_cached)
                 finished = _finish(session, outcome.request_id, status="done", **values)
                 if finished:
                     for row in outcome.rows:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Collection
 from typing import cast
 
-from sqlalchemy import bindparam
+from sqlalchemy import bindparam, update
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col, or_, select
@@ -167,6 +167,14 @@ class Sessions:
         if not same:
             raise InvalidInput("sampling_session_seq_id", sampler.seq, "a number that this session has not used yet")
         return first
+
+    def join_sampler(self, sampler_id: str) -> int:
+        """Count one more copy of a sampler's client; its number, which nobody else gets."""
+        self.sampler_for_work(sampler_id)
+        joined = update(Sampler).where(col(Sampler.sampler_id) == sampler_id)
+        joined = joined.values(num_clones=col(Sampler.num_clones) + 1).returning(col(Sampler.num_clones))
+        with writing(self._db) as db:
+            return db.connection().execute(joined).scalar_one()
 
     def checkpoint(self, path: paths.TinkerPath, field: str = "path") -> tuple[Checkpoint, Model]:
         """A finished checkpoint and the model that it was saved from."""

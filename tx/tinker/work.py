@@ -118,7 +118,14 @@ class Work:
             session_id = job.session_id or paths.session_of(job.sampler_id or "", "sampling_session_id")
             rows = recordings.rows_of(_id(job), session_id, request, result)
         num_tokens = sum(sequence.tokens.size for sequence in result.sequences)
-        return Outcome(_id(job), codec.encode_sample(result), codec.SAMPLE_RESPONSE, tokens_out=num_tokens, rows=rows)
+        return Outcome(
+            _id(job),
+            codec.encode_sample(result),
+            codec.SAMPLE_RESPONSE,
+            tokens_out=num_tokens,
+            tokens_cached=result.prompt_cache_hit_tokens,
+            rows=rows,
+        )
 
     def forget(self, job: Job) -> None:
         """Let go of what was noted of a job that will not be started."""

@@ -204,3 +204,12 @@ def test_training_is_taken_while_the_queue_is_full(narrow):
     narrow.sample(narrow.new_sampler(session), num_samples=4)
     future = narrow.ask("create_model", session_id=session, model_seq_id=0, base_model="org/base")
     assert future["request_id"]
+
+
+def test_every_copy_of_a_client_gets_its_own_number(client):
+    sampler = client.new_sampler()
+    joined = [client.ask("join_sampling_session", sampling_session_id=sampler) for _ in range(3)]
+    assert [reply["client_counter"] for reply in joined] == [1, 2, 3]
+    assert {reply["type"] for reply in joined} == {"join_sampling_session"}
+    client.ask("join_sampling_session", 404, sampling_session_id="s:sample:9")
+    client.ask("join_sampling_session", 400)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 
@@ -53,18 +51,29 @@ def test_client_config_is_answered(client):
     config = client.ask("client/config", sdk_version="0.38.0")
     assert config["sample_max_concurrent_requests"] > 0
     assert config["sample_use_retrieve_futures"] is False
+    assert config["sample_join_sampling_session"] is True
+    assert config["custom_loss_server_side"] is False
     dynamic = client.ask("client/dynamic_config", sdk_version="0.38.0")
     assert dynamic["refresh_interval_sec"] > 10
     assert dynamic["sample_cancel_enabled"] is True
 
 
-def test_telemetry_is_accepted_and_logged_within_bounds(client, caplog):
-    event = {"event": "UNHANDLED_EXCEPTION", "error_type": "ValueError", "error_message": "x" * 9000, "traceback": "t"}
-    with caplog.at_level(logging.WARNING):
-        reply = client.ask("telemetry", events=[event, {"event": "SESSION_START"}], session_id="s", platform="Linux")
-    assert reply == {"status": "accepted"}
-    (record,) = [record for record in caplog.records if "ValueError" in record.getMessage()]
-    assert len(record.getMessage()) < 700
+def test_a_key_is_exchanged_for_a_token_though_nobody_needs_one(client):
+    assert client.ask("client/config", sdk_version="0.38.0")["pjwt_auth_enabled"] is False
+    token = client.ask("auth/token")["jwt"]
+    assert token.startswith("eyJ")
+    assert token.count(".") == 2
+    assert client.post("client/config", json={}, headers={"X-API-Key": token}).status_code == 200
+
+
+def test_login_and_logout_of_the_local_user(client):
+    key = client.get("auth/apikey/me", headers={"X-API-Key": "tml-any"}).json()
+    assert (key["key_id"], key["name"]) == (1, "local")
+    assert key["details"] == {"org_details": {"name": "local"}, "user_details": {"email": "local"}}
+    without = client.get("auth/apikey/me")
+    assert without.status_code == 401
+    assert without.json()["detail"].startswith("X-API-Key")
+    assert client.delete("auth/apikey/me", headers={"X-API-Key": "tml-any"}).status_code == 200
 
 
 def test_metrics_count_requests_by_route(client, engine):

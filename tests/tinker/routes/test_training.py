@@ -153,3 +153,9 @@ def test_other_optimizers_fail_the_future_by_name(client, model):
     failure = client.result(client.ask("optim_step", model_id=model, seq_id=1, optimizer_params=params))
     assert failure["error"].startswith("optimizer_params.type")
     assert failure["category"] == "user"
+
+
+def test_custom_losses_on_the_server_are_refused_by_name(client):
+    reply = client.ask("create_custom_loss", 400, session_id="s", name="my_loss", inputs=[], graph={"nodes": []})
+    assert reply["detail"].startswith("name: got 'my_loss'")
+    assert "on the client" in reply["detail"]

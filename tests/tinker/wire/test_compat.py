@@ -46,3 +46,9 @@ def test_external_checkpoints_are_for_sdks_that_know_them(version, reads):
 def test_media_type():
     assert compat.media_type("Application/JSON; charset=utf-8") == "application/json"
     assert compat.media_type(None) == "application/json"
+
+
+def test_chunks_go_in_parallel_where_the_first_comes_last():
+    assert compat.sends_first_chunk_last(None)
+    assert compat.sends_first_chunk_last((0, 20, 0))
+    assert not compat.sends_first_chunk_last((0, 18, 2))

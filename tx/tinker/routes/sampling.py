@@ -12,7 +12,7 @@ from tx.errors import InvalidInput
 from tx.tinker.db import Sampler, now
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, body, fingerprint, payload_of
-from tx.tinker.wire import paths, requests, responses
+from tx.tinker.wire import admin, paths, requests, responses
 
 router = APIRouter()
 
@@ -42,6 +42,14 @@ def create_sampling_session(
         created_at=now(),
     )
     return responses.SamplingSession(sampling_session_id=api.sessions.create_sampler(sampler).sampler_id)
+
+
+@router.post("/join_sampling_session")
+def join_sampling_session(
+    api: Api, request: Annotated[requests.JoinSamplingSession, body(requests.JoinSamplingSession)]
+) -> admin.JoinedSamplingSession:
+    """A number for one more copy of a sampling client, so that no two copies give their requests the same seq_id."""
+    return admin.JoinedSamplingSession(client_counter=api.sessions.join_sampler(request.sampling_session_id))
 
 
 @router.get("/samplers/{sampler_id}", response_model_exclude_none=True)

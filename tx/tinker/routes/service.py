@@ -1,14 +1,20 @@
-"""Health, client configuration, capabilities, telemetry, metrics."""
+"""Health, client configuration, capabilities, telemetry, keys, metrics."""
 
 from __future__ import annotations
 
 import logging
 from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tx.tinker.service import Api, body
-from tx.tinker.wire import requests, responses
+from tx.tinker import telemetry
+from tx.tinker.audit import LOCAL
+from tx.tinker.auth import new_token
+from tx.tinker.service import Api, Service, body
+from tx.tinker.wire import admin, compat, requests, responses
 
 router = APIRouter()
 log = logging.getLogger(__name__)
@@ -29,23 +35,44 @@ def health(api: Api, response: Response) -> responses.Health:
 
 @router.post("/client/config")
 def client_config(
-    api: Api, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
-) -> dict[str, int | bool]:
-    """Flags for the SDK; all others keep their defaults.
+    http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
+) -> admin.ClientConfig:
+    """Flags for the SDK. All are said, most of them at the SDK's own defaults.
 
     ``sample_use_retrieve_futures`` stays off although retrieve_futures is served: with it a short sample takes half as
-    long again (one more round trip), and the client never asks why it waits.
+    long again (one more round trip), and the client never asks why it waits. Keys are not exchanged for tokens: there
+    are no accounts that a token could be of. Custom losses are the client's to compute.
     """
     log.debug("Client with SDK %s", request.sdk_version)
-    return {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES, "sample_use_retrieve_futures": False}
+    return admin.ClientConfig(
+        pjwt_auth_enabled=False,
+        credential_default_source="api_key",
+        parallel_fwdbwd_chunks=compat.sends_first_chunk_last(compat.client_version(http.headers)),
+        proto_compress_fwdbwd=False,
+        fwdbwd_max_chunk_len=1024,
+        fwdbwd_max_chunk_bytes_count=5_000_000,
+        fwdbwd_dispatch_bytes_semaphore_size=50_000_000,
+        sample_dispatch_bytes_semaphore_size=10 * 2**20,
+        inflight_response_bytes_semaphore_size=50 * 2**20,
+        sample_max_concurrent_requests=MAX_CONCURRENT_SAMPLES,
+        sample_no_retries=False,
+        sample_enable_stuck_detection=True,
+        sample_use_retrieve_futures=False,
+        sample_join_sampling_session=True,
+        custom_loss_server_side=False,
+        use_pyqwest_transport=True,
+        billing_exception_max_pause_duration_sec=3600,
+    )
 
 
 @router.post("/client/dynamic_config")
 def client_dynamic_config(
     request: Annotated[requests.ClientConfig, body(requests.ClientConfig)],
-) -> dict[str, int | bool]:
+) -> admin.ClientDynamicConfig:
     """Flags that the SDK asks for again from time to time."""
-    return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
+    return admin.ClientDynamicConfig(
+        refresh_interval_sec=300, sample_cancel_enabled=True, sample_cancel_max_batch_size=64
+    )
 
 
 @router.get("/get_server_capabilities", response_model_exclude_none=True)
@@ -62,13 +89,32 @@ def capabilities(api: Api) -> responses.Capabilities:
 
 
 @router.post("/telemetry")
-def telemetry(request: Annotated[requests.Telemetry, body(requests.Telemetry)]) -> dict[str, str]:
-    """Clients report their crashes here; they go to the log, cut short."""
-    for event in request.events[:100]:
-        if event.error_type:
-            message = f"{event.error_type}: {event.error_message}"[:_MAX_LOGGED_CHARS]
-            log.warning("Client of session %s reports %r", request.session_id, message)
-    return {"status": "accepted"}
+async def report_telemetry(api: Api, http: Request) -> admin.TelemetryAccepted:
+    """Clients report here what they did and how they crashed. Whatever comes is accepted; GET telemetry reads it."""
+    batch = telemetry.read(await http.body())
+    await run_in_threadpool(_keep, api, batch)
+    return admin.TelemetryAccepted()
+
+
+@router.post("/auth/token")
+def auth_token(api: Api) -> admin.AuthToken:
+    """A token of the local user, for who asks; it opens no more than any other key, since no key is checked."""
+    return admin.AuthToken(jwt=new_token(api.db))
+
+
+@router.get("/auth/apikey/me")
+def get_own_key(x_api_key: Annotated[str | None, Header()] = None) -> admin.ApiKey:
+    """What the CLI's login stores beside the key: that it is the local user's, as any key is."""
+    if not x_api_key:
+        raise HTTPException(401, "X-API-Key: got nothing, accepted: any key")
+    local = admin.KeyDetails(org_details=admin.Named(name=LOCAL), user_details=admin.Mailbox(email=LOCAL))
+    return admin.ApiKey(key_id=1, name=LOCAL, note="This server has no accounts and accepts any key.", details=local)
+
+
+@router.delete("/auth/apikey/me")
+def delete_own_key() -> dict[str, str]:
+    """The CLI's logout: nothing is stored of a key, so that nothing is left to delete."""
+    return {}
 
 
 @router.get("/metrics")
@@ -81,3 +127,18 @@ def metrics(api: Api) -> Response:
         "tx_sequences_unfinished": float(api.num_sequences(api.config.base_model_name)),
     }
     return Response(api.metrics.render(gauges), media_type="text/plain; version=0.0.4")
+
+
+def _keep(api: Service, batch: telemetry.Batch) -> None:
+    for event in batch.events:
+        kind, severity = telemetry.kind_of(event), telemetry.severity_of(event)
+        api.metrics.count("tx_telemetry_events_total", event=kind, severity=severity)
+        if event.get("error_type"):
+            message = f"{event['error_type']}: {event.get('error_message')}"[:_MAX_LOGGED_CHARS]
+            log.warning("Client of session %s reports %r", batch.session_id, message)
+    if batch.num_dropped:
+        api.metrics.count("tx_telemetry_events_dropped_total", batch.num_dropped)
+    try:
+        telemetry.keep(api.db, batch)
+    except (DBAPIError, PoolTimeout) as error:  # the client has other worries
+        log.warning("%d telemetry events could not be stored: %s", len(batch.events), error)

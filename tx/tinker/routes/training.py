@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
-from tx.errors import InvalidInput
+from tx.errors import InvalidInput, Unsupported
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
 from tx.tinker.wire import codec, compat, requests, responses
@@ -45,6 +45,18 @@ async def optim_step(api: Api, request: Annotated[requests.OptimStep, body(reque
         error=error,
     )
     return responses.Future(request_id=str(await api.appender.append(job)), model_id=model.model_id)
+
+
+@router.post("/create_custom_loss")
+def create_custom_loss(
+    request: Annotated[requests.CreateCustomLoss, body(requests.CreateCustomLoss)],
+) -> responses.Future:
+    """Refused by name: the SDK asks only where client/config says so, and computes custom losses itself otherwise."""
+    raise Unsupported(
+        "name",
+        request.name,
+        "no losses that the server computes from a graph; forward_backward_custom computes any loss on the client",
+    )
 
 
 def _forward_backward(api: Service, content: bytes, media_type: str, encoding: str | None) -> NewJob:

@@ -19,6 +19,11 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
 
 
+def sends_first_chunk_last(version: tuple[int, int, int] | None) -> bool:
+    """Whether a client that sends the chunks of a batch in parallel sends nothing after them before all have come."""
+    return version is None or version >= (0, 20, 0)
+
+
 def accepts_protobuf(headers: Mapping[str, str]) -> bool:
     """Whether a poll wants its result as protobuf: always since SDK 0.25, never before 0.18.2 (protocol §6)."""
     return PROTOBUF_MEDIA_TYPE in headers.get("accept", "").lower()

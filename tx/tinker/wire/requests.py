@@ -382,6 +382,18 @@ class Sample(_Strict):
     type: Literal["sample"] = "sample"
 
 
+class JoinSamplingSession(_Lenient):
+    """POST join_sampling_session."""
+
+    sampling_session_id: Id
+
+
+class CreateCustomLoss(_Lenient):
+    """POST create_custom_loss: only its name is read, to refuse it."""
+
+    name: Text = ""
+
+
 class RetrieveFuture(_Lenient):
     """POST retrieve_future; ``allow_metadata_only`` is an offer that this server never takes up."""
 
@@ -429,24 +441,6 @@ class SetTtl(BaseModel):
 class ClientConfig(_Lenient):
     """POST client/config and client/dynamic_config."""
 
-    sdk_version: Text = ""
-
-
-class TelemetryEvent(BaseModel):
-    """Only what the server logs; the rest is kept as it is."""
-
-    model_config = ConfigDict(extra="allow")
-
-    event: Text = ""
-    error_type: Text = ""
-    error_message: Text = ""
-
-
-class Telemetry(_Lenient):
-    """POST telemetry."""
-
-    events: list[TelemetryEvent] = []
-    session_id: Text = ""
     sdk_version: Text = ""
 
 
