@@ -88,12 +88,12 @@ def _public(owner: type) -> Iterator[tuple[str, Any]]:
     for name in sorted(dir(owner)):
         if not name.startswith("_"):
             member = inspect.getattr_static(owner, name)
-            if isinstance(member, property | staticmethod | python_types.FunctionType):
+            if hasattr(member, "__get__") and not isinstance(member, type):
                 yield name, member.__func__ if isinstance(member, staticmethod) else member
 
 
 def _options(function: Any) -> Iterator[str]:
-    if isinstance(function, property):
+    if not callable(function):  # a property
         return
     for parameter in list(inspect.signature(function).parameters.values()):
         if parameter.name.startswith("_") or parameter.name == "self" or parameter.kind is parameter.VAR_KEYWORD:

@@ -52,7 +52,7 @@ def calls_for(targets: dict[str, set[str]]) -> Iterator[Call]:
     for target in targets:
         owner, _, name = target.partition(".")
         forwarded = f"{FORWARDERS[owner]}.{name}" if owner in FORWARDERS else target
-        for known in (target, forwarded, forwarded.removesuffix("_async"), f"APIFuture.{name}"):
+        for known in (target, forwarded, forwarded.removesuffix("_async"), f"APIFuture.{name.removesuffix('_async')}"):
             if known in base:
                 yield replace(base[known], target=target)
                 break

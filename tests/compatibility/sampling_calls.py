@@ -188,34 +188,14 @@ def on_queue_state_change(lab: Lab, do: Any) -> None:
 # ---- what a response holds ----
 
 
-@call("SampleResponse.prompt_cache_hit_tokens")
-def cache_hits(lab: Lab, do: Any) -> None:
-    assert do() >= 0
-
-
 @call("SampleResponse.prompt_logprobs")
-@call("SampleResponse.prompt_logprobs_np")
 @call("SampleResponse.topk_prompt_logprobs")
 def per_prompt_token(lab: Lab, do: Any) -> None:
     assert len(do()) == NUM_TOKENS
 
 
-@call("SampleResponse.topk_prompt_logprobs_np")
-def topk_arrays(lab: Lab, do: Any) -> None:
-    assert do().token_ids.shape == (NUM_TOKENS, 2)
-
-
 @call("SampledSequence.tokens")
-@call("SampledSequence.tokens_np")
 @call("SampledSequence.logprobs")
-@call("SampledSequence.logprobs_np")
 @call("SampledSequence.topk_logprobs")
 def per_sampled_token(lab: Lab, do: Any) -> None:
     assert len(do()) == SHORT.max_tokens
-
-
-@call("SampledSequence.topk_logprobs_np")
-def topk_sampled_arrays(lab: Lab, do: Any) -> None:
-    assert do().token_ids.shape == (SHORT.max_tokens, 3)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -107,9 +108,7 @@ def text_in_chunks(lab: Lab, do: Any) -> None:
 
 def with_chunk(chunk: types.ModelInputChunk) -> types.Datum:
     model_input = types.ModelInput(chunks=[types.EncodedTextChunk(tokens=[1, 2]), chunk])
-    return types.Datum(
-        model_input=model_input, loss_fn_inputs={"target_tokens": [2, 3, 4], "weights": [1.0] * 3}
-    )
+    return types.Datum(model_input=model_input, loss_fn_inputs={"target_tokens": [2, 3, 4], "weights": [1.0] * 3})
 
 
 @call("TrainingClient.forward_backward", "model_input=ImageChunk", refused="image")
@@ -172,7 +171,8 @@ def get_info(lab: Lab, do: Any) -> None:
 @call("TrainingClient.get_tokenizer")
 @call("SamplingClient.get_tokenizer")
 def get_tokenizer(lab: Lab, do: Any) -> None:
-    tokenizer = do()
+    with contextlib.chdir(lab.folder):  # it lies there under the model's name, as it does on the Hub
+        tokenizer = do()
     assert tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
 

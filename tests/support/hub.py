@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as an upload of small files needs, on a free port: what was pushed can be looked at."""
+"""As much of the Hugging Face Hub as an upload of small files needs, on a free port; it keeps what was pushed."""
 
 from __future__ import annotations
 
