@@ -149,7 +149,7 @@ def create_custom_loss(lab: Lab, do: Any) -> None:
         assert do(negative_sum, {"logprobs": 1}).name == "negative_sum"
 
 
-@call("ServiceClient.create_custom_loss", "custom_loss_server_side", refused="create_custom_loss: got")
+@call("ServiceClient.create_custom_loss", "custom_loss_server_side", refused="no losses that the server computes")
 def create_custom_loss_on_the_server(lab: Lab, do: Any) -> None:
     graph = {"format": 1, "nodes": [{"op": "placeholder", "name": "logprobs", "target": "logprobs", "args": []}]}
     inputs = [{"name": "logprobs", "rank": 1}]

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
-from tx.errors import InvalidInput, Unsupported
+from tx.errors import InvalidInput
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
 from tx.tinker.wire import codec, compat, requests, responses
@@ -45,12 +45,6 @@ async def optim_step(api: Api, request: Annotated[requests.OptimStep, body(reque
         error=error,
     )
     return responses.Future(request_id=str(await api.appender.append(job)), model_id=model.model_id)
-
-
-@router.post("/create_custom_loss")
-def create_custom_loss() -> responses.Future:
-    """Refused: SDKs only ask for it where client/config says ``custom_loss_server_side``."""
-    raise Unsupported("create_custom_loss", "an uploaded loss", "custom losses that run in the client")
 
 
 def _forward_backward(api: Service, content: bytes, media_type: str, encoding: str | None) -> NewJob:
