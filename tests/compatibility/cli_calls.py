@@ -166,7 +166,7 @@ def checkpoint_download(lab: Lab, do: Any) -> None:
 
 def push(lab: Lab, *flags: str) -> None:
     """In a process of its own: the Hub's address is read when its library is imported."""
-    variables = {"HF_ENDPOINT": lab.hub, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    variables = {"HF_ENDPOINT": lab.hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     words = [sys.executable, "-m", "tinker.cli", "checkpoint", "push-hf", *flags]
     done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=LIMIT_S)
     if done.returncode:
@@ -176,6 +176,7 @@ def push(lab: Lab, *flags: str) -> None:
 @call("tinker checkpoint push-hf")
 def push_hf(lab: Lab, do: Any) -> None:
     push(lab, lab.external_weights)
+    assert {*FILES, "README.md"} <= set(next(iter(lab.hub.pushed.values())))
 
 
 @call("tinker checkpoint push-hf", "--repo", "--public", "--commit-message", "--revision", "--create-pr")
@@ -184,6 +185,10 @@ def push_hf_as(lab: Lab, do: Any) -> None:
     where = ["--repo", "me/adapter", "--public", "--commit-message", "New", "--revision", "main", "--create-pr"]
     what = ["--allow-pattern", "*.json", "--ignore-pattern", "*.txt", "--no-model-card"]
     push(lab, lab.external_weights, *where, *what)
+    commit = lab.hub.commits[-1]
+    assert (commit["repo"], commit["revision"], commit["pull_request"]) == ("me/adapter", "main", True)
+    assert commit["summary"] == "New"
+    assert set(lab.hub.pushed["me/adapter"]) == {"adapter_config.json"}
 
 
 # ---- billing ----

@@ -19,6 +19,7 @@ from tinker.cli.__main__ import main_cli
 from tinker.cli.exceptions import TinkerCliError
 
 from tests.compatibility import torch_stand_in
+from tests.support.hub import Hub
 
 LIMIT_S = 60.0
 """Nothing here takes a second once programs are compiled; on a busy machine their first use takes many."""
@@ -31,7 +32,7 @@ PROJECT = "project-of-the-matrix"
 class Lab:
     """Everything is made when it is first used, so that a call which fails takes no other with it."""
 
-    def __init__(self, url: str, base_model: str, folder: Path, hub: str) -> None:
+    def __init__(self, url: str, base_model: str, folder: Path, hub: Hub) -> None:
         self.url, self.base_model, self.folder, self.hub = url, base_model, folder, hub
         self._numbers = itertools.count()
 

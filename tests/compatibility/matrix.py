@@ -45,7 +45,7 @@ def run(url: str, base_model: str, folder: Path) -> list[Row]:
     (folder / base_model).parent.mkdir(parents=True)
     (folder / base_model).symlink_to(TOKENIZER)
     with _client_environment(url, folder), Hub() as hub:
-        lab = Lab(url, base_model, folder, hub.url)
+        lab = Lab(url, base_model, folder, hub)
         rows = {}
         for entry in calls_for(found):
             result, note, trace = _outcome(entry, lab)
@@ -114,7 +114,7 @@ def _message(error: BaseException) -> str:
 
 def _normal(note: str, lab: Lab) -> str:
     """One line, without what differs from run to run: ids, addresses, folders."""
-    for text, name in ((lab.url, "<server>"), (lab.hub, "<hub>"), (str(lab.folder), "<folder>")):
+    for text, name in ((lab.url, "<server>"), (lab.hub.url, "<hub>"), (str(lab.folder), "<folder>")):
         note = note.replace(text, name)
     note = re.sub(r"sess-[0-9a-f]+", "<session>", note)
     note = re.sub(r"\bname-\d+", "<name>", note)
