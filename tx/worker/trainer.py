@@ -443,7 +443,7 @@ class Trainer:
         rows = tuple(tuple(_pieces(group)) for group in jobs.values())
         longest = max(sum(piece.length for piece in row) for row in rows)
         missing = power_of_two(len(rows)) - len(rows)
-        shape = Shape(len(rows) + missing, padded_length(longest, self._limits.max_context), 1)
+        shape = Shape(len(rows) + missing, padded_length(longest, self._limits), 1)
         batch = MicroBatch(rows, shape)
         weights = [resize(state.weights, widest) for state in states]
         trained = _trained(weights + weights[-1:] * missing, ranks + ranks[-1:] * missing, widest)
