@@ -91,9 +91,9 @@ def test_padded_rank_changes_nothing_and_gets_no_gradient():
 
 
 def _plain(x, pair, gate):
-    """The formula, for whatever differentiates it; a leading row axis of the pair meets its own row."""
+    """The formula, for whatever differentiates it; of tuples, each array meets its own row."""
     rows = x.shape[0]
-    wide = lambda w: jnp.broadcast_to(w, (rows, *w.shape[-2:]))
+    wide = lambda w: jnp.stack(w if isinstance(w, tuple) else [w] * rows)
     low = jnp.einsum("rsi,rik->rsk", x, wide(pair.a)) * jnp.broadcast_to(gate, (rows, gate.shape[1]))[:, None]
     return jnp.einsum("rsk,rko->rso", low, wide(pair.b))
 
@@ -122,13 +122,13 @@ def test_an_adapter_per_row():
     """Values and gradients of each row are those of its own adapter alone, and of the formula."""
     x, pairs = _inputs(3), [_pair(4, seed) for seed in range(3)]
     gate = jnp.asarray([[0.5] * 4, [2.0] * 4, [1.0] * 4])
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *pairs)
-    together = _gradients(lora.lora_delta, x, stacked, gate)
+    each = jax.tree.map(lambda *arrays: arrays, *pairs)
+    together = _gradients(lora.lora_delta, x, each, gate)
     for mine, theirs in zip(
-        *(jax.tree.leaves(each) for each in (together, _gradients(_plain, x, stacked, gate))), strict=True
+        *(jax.tree.leaves(found) for found in (together, _gradients(_plain, x, each, gate))), strict=True
     ):
         assert np.max(np.abs(mine - theirs)) <= 1e-5 * np.max(np.abs(theirs))
-    delta = lora.lora_delta(x, stacked, gate)
+    delta = lora.lora_delta(x, each, gate)
     for row, pair in enumerate(pairs):
         assert np.max(np.abs(delta[row] - _reference(x[row], pair, float(gate[row, 0])))) <= 2e-5
 

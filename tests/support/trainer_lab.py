@@ -6,6 +6,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.support.golden_lora import Golden
 from tx.layers.lora import Adapter
@@ -16,6 +17,9 @@ from tx.worker.mesh import make_mesh
 from tx.worker.trainer import Trainer
 
 RANK = 3
+VOCAB = 96
+RELATIVE = 1e-5
+RANKS = {"a": 1, "b": 3, "c": 8, "d": 5}
 CASES = {  # the golden's case: (loss_fn, config, inputs of the datum)
     "cross_entropy": ("cross_entropy", {}, ("weights",)),
     "cross_entropy_k": ("cross_entropy", {}, ()),
@@ -95,3 +99,68 @@ def true_rank(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(what belongs to the true rank, the padding) of a dense site's array."""
     axis = 1 if name.endswith("A") else 0
     return np.split(array, [RANK], axis=axis)[0], np.split(array, [RANK], axis=axis)[1]
+
+
+# ---- models of several ranks, random requests, and comparisons ------------------------------------------------------
+
+
+def random_request(model_id: str, loss_fn: str, lengths: list[int], seed: int, forward_only=False) -> ForwardBackward:
+    rng = np.random.default_rng(seed)
+    data = []
+    for length in lengths:
+        weights = rng.uniform(0, 1, length).astype(np.float32)
+        weights[: length // 3] = 0
+        sampled = {
+            "logprobs": rng.normal(-5, 0.3, length).astype(np.float32),
+            "advantages": rng.normal(0, 1, length).astype(np.float32),
+        }
+        if loss_fn == "gspo":
+            sampled["sequence_ratio_mask"] = (np.arange(length) > 1).astype(np.float32)
+        inputs = {"weights": weights} if loss_fn == "cross_entropy" else sampled
+        targets = rng.integers(0, VOCAB, length)
+        data.append(Datum(rng.integers(0, VOCAB, length).astype(np.int32), inputs | {"target_tokens": targets}))
+    return ForwardBackward(model_id, 0, tuple(data), loss_fn, {}, forward_only)
+
+
+def one_by_one(request: ForwardBackward) -> list[ForwardBackward]:
+    return [
+        ForwardBackward(request.model_id, 0, (datum,), request.loss_fn, {}, request.forward_only)
+        for datum in request.data
+    ]
+
+
+def several_models(lab: Lab, **options) -> tuple[AdapterStore, Trainer]:
+    """Models of several ranks whose B's are not zero, so that every A has a gradient too."""
+    store, trainer = lab.trainer(max_resident=8, **options)
+    for seed, (model_id, rank) in enumerate(RANKS.items()):
+        store.create(model_id, LoraConfig(rank, seed))
+        start = store.export(model_id)
+        rng = np.random.default_rng(seed)
+        for name, array in start.weights.items():
+            start.weights[name] = array + rng.normal(0, 0.02, array.shape).astype(np.float32)
+        store.restore(model_id, start, with_optimizer=False)
+    return store, trainer
+
+
+def gradients_of(store: AdapterStore) -> dict[str, dict[str, np.ndarray]]:
+    return {model_id: arrays(store.state(model_id).grads) for model_id in RANKS if store.state(model_id).grads}
+
+
+def check_equal(
+    found: dict[str, dict[str, np.ndarray]], wanted: dict[str, dict[str, np.ndarray]], relative: float = RELATIVE
+) -> None:
+    assert found.keys() == wanted.keys()
+    for model_id, sites in wanted.items():
+        for name, grad in sites.items():
+            scale = np.abs(grad).max()
+            assert scale > 0, f"{model_id} {name}: a gradient of zero proves nothing"
+            assert np.abs(found[model_id][name] - grad).max() <= relative * scale, f"{model_id} {name}"
+
+
+def same_results(found: list[ForwardBackwardResult], wanted: list[ForwardBackwardResult]) -> None:
+    """``wanted`` has a result per datum."""
+    logprobs = [lp for result in found for lp in result.logprobs]
+    for lp, alone in zip(logprobs, wanted, strict=True):
+        np.testing.assert_allclose(lp, alone.logprobs[0], atol=2e-5)
+    loss = sum(result.metrics["loss:sum"] for result in wanted)
+    assert sum(result.metrics["loss:sum"] for result in found) == pytest.approx(loss, rel=RELATIVE)

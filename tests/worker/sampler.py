@@ -9,10 +9,11 @@ from flax import nnx
 
 from tests.support.tiny_models import write_tiny_model
 from tx.layers.logprobs import next_logits
-from tx.layers.lora import single_view
+from tx.layers.lora import expert_rank, single_view
 from tx.models.loading import load_model
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState, SampleRequest, SamplingParams
+from tx.worker.adapters import site_shapes
 from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
 
@@ -25,11 +26,10 @@ def random_state(config, rank, seed, scale=0.3):
     rng = np.random.default_rng(seed)
     weights = {}
     for site in lora_sites(config):
-        lead = () if site.num_experts is None else (site.num_experts,)
-        weights[f"{site.name}.lora_A"] = rng.normal(0, scale, (*lead, site.in_features, rank)).astype(np.float32)
-        weights[f"{site.name}.lora_B"] = rng.normal(0, scale / rank, (*lead, rank, site.out_features)).astype(
-            np.float32
-        )
+        own = rank if site.num_experts is None else expert_rank(rank, config.num_experts_per_tok)
+        shape_a, shape_b = site_shapes(site, own)
+        weights[f"{site.name}.lora_A"] = rng.normal(0, scale, shape_a).astype(np.float32)
+        weights[f"{site.name}.lora_B"] = rng.normal(0, scale / own, shape_b).astype(np.float32)
     return ModelState(LoraConfig(rank=rank, seed=seed), weights)
 
 

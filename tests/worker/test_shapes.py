@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +32,18 @@ def test_power_of_two_is_the_smallest_that_is_enough(value: int):
     assert padded_targets(value) == power
 
 
-@given(st.integers(1, 40_960), st.sampled_from([1, 20, 512, 8192, 40_960]))
-def test_padded_length_is_the_smallest_that_holds_the_row(length: int, max_context: int):
+def context(max_context: int, packed: bool = True) -> Limits:
+    return Limits(512, 0, max_context, packed=packed)
+
+
+@given(st.integers(1, 40_960), st.sampled_from([1, 20, 512, 8192, 40_960]), st.booleans())
+def test_padded_length_is_the_smallest_that_holds_the_row(length: int, max_context: int, packed: bool):
+    limits = context(max_context, packed)
     if length > max_context:
         with pytest.raises(ValueError, match="context"):
-            padded_length(length, max_context)
+            padded_length(length, limits)
         return
-    padded, known = padded_length(length, max_context), list(lengths(max_context))
+    padded, known = padded_length(length, limits), list(lengths(limits))
     assert length <= padded <= max_context
     assert padded in known
     assert not [other for other in known if length <= other < padded]
@@ -44,20 +51,28 @@ def test_padded_length_is_the_smallest_that_holds_the_row(length: int, max_conte
 
 @given(st.integers(SHORTEST, 100_000))
 def test_padding_of_a_row(length: int):
-    """Half of a short row at most, a third between 257 and 512, a fifth of longer ones."""
-    waste = 1 - length / padded_length(length, 200_000)
+    """Half of a short packed row at most, a third between 257 and 512, a fifth of longer ones; of one datum a third."""
+    waste = 1 - length / padded_length(length, context(200_000))
     assert waste < (1 / 2 if length <= 256 else 1 / 3 if length <= 512 else 1 / 5)
+    waste = 1 - length / padded_length(length, context(200_000, packed=False))
+    assert waste < (1 / 3 if length <= 512 else 1 / 5)
 
 
 def test_the_lengths_are_few():
-    assert list(lengths(100)) == [16, 32, 64, 100]
-    assert list(lengths(1300)) == [16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1300]
-    assert list(lengths(10)) == [10]
-    assert [len(list(lengths(context))) for context in (8_192, 16_384, 32_768)] == [24, 28, 32]
+    assert list(lengths(context(100))) == [16, 32, 64, 100]
+    assert list(lengths(context(100, packed=False))) == [16, 24, 32, 48, 64, 96, 100]
+    long = [192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1300]
+    assert list(lengths(context(1300))) == [16, 32, 64, 128, *long]
+    assert list(lengths(context(1300, packed=False))) == [16, 24, 32, 48, 64, 96, 128, *long]
+    assert list(lengths(context(10))) == [10]
+    for packed, counts in ((True, [24, 28, 32]), (False, [27, 31, 35])):
+        assert [len(list(lengths(context(most, packed)))) for most in (8_192, 16_384, 32_768)] == counts
+        assert not [length for length in lengths(context(32_768, packed)) if length % 8]
 
 
 def test_the_worked_examples_of_the_docstrings():
-    assert [padded_length(length, 9000) for length in (70, 300, 1025, 8500)] == [128, 384, 1280, 9000]
+    assert [padded_length(length, context(9000)) for length in (70, 300, 1025, 8500)] == [128, 384, 1280, 9000]
+    assert padded_length(70, context(9000, packed=False)) == 96
     limits = Limits(64 * 8, 0, 1024, packed=False)
     assert max_rows(64, limits) == 8
     assert rows_for(7, 64, limits) == 8
@@ -82,16 +97,16 @@ def test_rows_respect_budget_cap_and_mesh(waiting: int, length: int, tokens: int
 def test_a_row_is_filled_to_a_padded_length_within_the_budget(tokens: int, max_context: int, multiple: int):
     limits = Limits(tokens, 0, max_context, multiple)
     budget = row_budget(limits)
-    assert padded_length(budget, max_context) == budget
+    assert padded_length(budget, limits) == budget
     assert budget * multiple <= tokens or budget == min(SHORTEST, max_context)
-    longer = [length for length in lengths(max_context) if length > budget]
+    longer = [length for length in lengths(limits) if length > budget]
     assert not longer or longer[0] * multiple > tokens
 
 
 def test_the_number_of_programs():
     """Packed, one per length up to the budget or the longest datum; else one per power of two of rows as well."""
     packed = all_shapes(Limits(2048, 0, 8192), longest=2048)
-    assert packed == [Shape(1, length, 1) for length in list(lengths(8192))[:16]]
+    assert packed == [Shape(1, length, 1) for length in list(lengths(context(8192)))[:16]]
     assert len(all_shapes(Limits(2048, 0, 8192), longest=20_000)) == 24
     assert {shape.rows for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)} == {8}
     assert [shape.length for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)] == [
@@ -100,8 +115,18 @@ def test_the_number_of_programs():
     single = all_shapes(Limits(256, 0, 8192, packed=False), longest=256)
     assert single == [
         Shape(rows, length, 1)
-        for length, most in ((16, 16), (32, 8), (64, 4), (128, 2), (192, 1), (256, 1))
+        for length, most in ((16, 16), (24, 8), (32, 8), (48, 4), (64, 4), (96, 2), (128, 2), (192, 1), (256, 1))
         for rows in (1, 2, 4, 8, 16)
         if rows <= most
     ]
     assert max(shape.length for shape in all_shapes(Limits(8192, 0, 8192, packed=False), longest=100)) == 128
+
+
+def test_the_numbers_of_programs_in_the_guide():
+    """Of the default budgets: 512 tokens on a CPU, 8,192 on a GPU, in a context of Qwen3's."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "training.md").read_text()
+    cpu, gpu = Limits(512, 0, 40_960), Limits(8192, 0, 40_960, packed=False)
+    assert len(all_shapes(cpu, longest=512)) == 8
+    assert "requests meet eight shapes per padded rank" in guide
+    assert f"datums of up to 8,192 tokens {len(all_shapes(cpu, longest=8192)) - 8} more" in guide
+    assert f"up to {len(all_shapes(gpu, longest=8192))} shapes of rows × length" in guide

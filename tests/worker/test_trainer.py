@@ -15,7 +15,6 @@ from tests.support.trainer_lab import CASES, RANK, Lab, arrays, true_rank
 from tx.errors import InvalidInput, NotFound
 from tx.types import AdamParams, Datum, LoraConfig
 from tx.worker import datums
-from tx.worker.layerwise import Layerwise
 from tx.worker.losses import position_losses
 from tx.worker.shapes import Shape
 
@@ -226,27 +225,6 @@ def test_c06_everything_trainable_is_float32_on_a_bfloat16_model(lab: Lab):
         assert 0 < np.median(moved) < 1e-5, name
 
 
-def test_c10_one_jobs_failure_leaves_the_others_results_as_they_are(lab: Lab):
-    """A row whose loss overflows is in the same micro-batch as good rows of another job."""
-    store, trainer = lab.trainer()
-    lab.load(store)
-    alone = lab.run(trainer, lab.request("importance_sampling"))[0]
-    wanted = arrays(store.state("m").grads)
-    trainer.optim_step("m", AdamParams(learning_rate=0.0))
-    poisoned = list(lab.data("importance_sampling"))
-    huge = np.full(11, 3e38, np.float32)
-    poisoned[1] = Datum(poisoned[1].tokens, poisoned[1].inputs | {"advantages": huge, "logprobs": -huge / 1e36})
-    bad = lab.request("importance_sampling", data=tuple(poisoned))
-    finished = lab.finish(trainer, bad, lab.request("importance_sampling"))
-    assert isinstance(finished[0].error, InvalidInput)
-    assert finished[0].error.field == "data[1]"
-    assert finished[1].result is not None
-    for name in ("loss:sum", "num_tokens:sum"):
-        assert finished[1].result.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-6)
-    for name, grad in arrays(store.state("m").grads).items():
-        np.testing.assert_allclose(grad, wanted[name], rtol=1e-5, atol=1e-6)
-
-
 def test_c10_a_refused_request_changes_nothing(lab: Lab):
     store, trainer = lab.trainer()
     lab.load(store)
@@ -259,30 +237,6 @@ def test_c10_a_refused_request_changes_nothing(lab: Lab):
     assert not trainer.has_work
     assert trainer.slice() == []
     assert store.state("m").grads is None
-
-
-def test_c10_out_of_memory_shrinks_what_runs_and_then_fails_one_job(lab: Lab, monkeypatch: pytest.MonkeyPatch):
-    """The device is told to have room for so many tokens; what runs below that is the real program."""
-    room = 16
-    real, calls = Layerwise.forward_backward, []
-
-    def small_device(self, trained, accumulators, host, *, keep):
-        calls.append((host.tokens.shape, keep))
-        if host.tokens.size > room:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return real(self, trained, accumulators, host, keep=keep)
-
-    monkeypatch.setattr(Layerwise, "forward_backward", small_device)
-    store, trainer = lab.trainer()
-    lab.load(store)
-    lab.run(trainer, lab.request())  # datums of 5, 11 and 8 tokens
-    assert calls == [((1, 32), True), ((1, 32), False), ((1, 16), True), ((1, 16), True)]
-    for name, grad in arrays(store.state("m").grads).items():
-        assert relative_error(true_rank(name, grad)[0], lab.golden.group("grad/cross_entropy")[name]) <= 1e-4
-    long = Datum(np.ones(40, np.int32), {"target_tokens": np.ones(40, np.int64), "weights": np.ones(40, np.float32)})
-    finished = lab.finish(trainer, lab.request(data=(long,)), lab.request())
-    assert isinstance(finished[0].error, jax.errors.JaxRuntimeError)
-    assert finished[1].error is None
 
 
 def test_models_take_turns_and_parked_models_come_back(lab: Lab):

@@ -7,9 +7,9 @@ The common form serves training one adapter, sampling one, and sampling several 
 ``gate[row, j]`` is the scaling of the adapter that owns rank column j if the row uses that adapter, else 0. One
 adapter is a gate full of its scaling. Several have their A's concatenated along rank and their B's too, so adapters of
 different ranks stand side by side at the cost of the sum of their ranks, not of a common maximum; a base-model row has
-a zero gate row. When tiny requests of several tenants train together, ``a`` and ``b`` have a leading row axis instead:
-row i meets its own pair alone, and gets its own gradient. Products accumulate in float32 and the delta is added before
-the sum is rounded to the compute dtype.
+a zero gate row. When tiny requests of several tenants train together, ``a`` and ``b`` are tuples of one array per row
+instead: row i meets its own pair alone, and gets its own gradient. Products accumulate in float32 and the delta is
+added before the sum is rounded to the compute dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ rotations, softmax and gating are computed again; they are cheap, and their valu
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraWeights:
-    """One site's pair. a: [in, rank], b: [rank, out]; of experts or of one adapter per row with that axis in front."""
+    """One site's pair. a: [in, rank], b: [rank, out]; of experts with that axis in front; tuples, one per row."""
 
     a: Any
     b: Any
@@ -179,29 +179,51 @@ def lora_delta(
 
 def delta_and_low(x: Any, lora: LoraWeights, gate: Any) -> tuple[Any, Any]:
     """``lora_delta``, and the gated ``x @ a`` that it went through, in ``x``'s dtype."""
-    low = _gated(_times(x, lora.a.astype(x.dtype)), gate).astype(x.dtype)
-    return _times(low, lora.b.astype(x.dtype)), low
+    a, b = _in_dtype_of(x, lora)
+    low = _gated(_times(x, a), gate).astype(x.dtype)
+    return _times(low, b), low
 
 
 def delta_gradient(x: Any, low: Any, dy: Any, lora: LoraWeights, gate: Any) -> tuple[Any, LoraWeights]:
-    """Gradients of ``lora_delta`` with respect to ``x`` (float32) and the adapter, from ``dy`` in ``x``'s dtype.
+    """Gradients of ``lora_delta`` with respect to ``x`` (float32) and the adapter, from ``dy`` in ``x``'s dtype."""
+    a, b = _in_dtype_of(x, lora)
+    d_low = _gated(_times(dy, _transposed(b)), gate).astype(x.dtype)
+    if isinstance(a, tuple):
+        # A row is short: x transposed is less than a gradient transposed, of which there are as many as rows.
+        x = jax.lax.optimization_barrier(x)
+        grads = LoraWeights(
+            tuple(_outer(*pair) for pair in zip(x, d_low, strict=True)),
+            tuple(_outer(*pair) for pair in zip(low, dy, strict=True)),
+        )
+    else:
+        # By hand for the sake of ``a``: differentiated, its gradient is ``x.T @ d``, and a CPU then computes all of x
+        # again, element by element and transposed (11 ms of a layer's 44 for the down projection of SmolLM2 at 256
+        # tokens). Kept apart from the transposition after it, or the compiler would undo the order of the two.
+        grads = LoraWeights(jax.lax.optimization_barrier(_outer(d_low, x)).T, _outer(low, dy))
+    grads = jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, lora)
+    return _times(d_low, _transposed(a)), grads
 
-    By hand for the sake of ``a``: differentiated, its gradient is ``x.T @ d``, and a CPU then computes all of x again,
-    element by element and transposed (11 ms of a layer's 44 for the down projection of SmolLM2 at 256 tokens).
-    """
-    a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
-    d_low = _gated(_times(dy, jnp.swapaxes(b, -1, -2)), gate).astype(x.dtype)
-    outer = "r...i,r...o->rio" if a.ndim == 3 else "...i,...o->io"
-    # Kept apart from the transposition after it, or the compiler would undo the order of the two.
-    da = jax.lax.optimization_barrier(jnp.einsum(outer, d_low, x, preferred_element_type=jnp.float32))
-    db = jnp.einsum(outer, low, dy, preferred_element_type=jnp.float32)
-    grads = LoraWeights(jnp.swapaxes(da, -1, -2).astype(lora.a.dtype), db.astype(lora.b.dtype))
-    return _times(d_low, jnp.swapaxes(a, -1, -2)), grads
+
+def _outer(
+    left: Float[Array, "*positions inner"], right: Float[Array, "*positions outer"]
+) -> Float[Array, "inner outer"]:
+    """Products of all pairs, summed over positions, in float32."""
+    return jnp.einsum("...i,...o->io", left, right, preferred_element_type=jnp.float32)
+
+
+def _in_dtype_of(x: Any, lora: LoraWeights) -> tuple[Any, Any]:
+    return jax.tree.map(lambda w: w.astype(x.dtype), (lora.a, lora.b))
+
+
+def _transposed(w: Any) -> Any:
+    return jax.tree.map(lambda w: w.T, w)
 
 
 def _times(x: Any, w: Any) -> Any:
-    """``x @ w`` in float32; a ``w`` with a row axis meets its own row."""
-    return dot(x, w) if w.ndim == 2 else jnp.einsum("r...i,rio->r...o", x, w, preferred_element_type=jnp.float32)
+    """``x @ w`` in float32; of several ``w``, each meets its own row."""
+    if isinstance(w, tuple):
+        return jnp.stack([dot(row, own) for row, own in zip(x, w, strict=True)])
+    return dot(x, w)
 
 
 def _gated(low: Any, gate: Any) -> Any:
@@ -216,7 +238,7 @@ def _delta_forward(x: Any, lora: LoraWeights, gate: Any) -> tuple[Any, Any]:
 
 def _delta_backward(saved: Any, dy: Any) -> tuple[Any, LoraWeights, None]:
     x, lora, gate = saved
-    low = _gated(_times(x, lora.a.astype(x.dtype)), gate).astype(x.dtype)
+    low = _gated(_times(x, _in_dtype_of(x, lora)[0]), gate).astype(x.dtype)
     dx, grads = delta_gradient(x, low, dy.astype(x.dtype), lora, gate)
     return dx.astype(x.dtype), grads, None
 

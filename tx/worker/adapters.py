@@ -65,6 +65,14 @@ class Ranks:
         """(dense, expert) columns of the arrays."""
         return padded_rank(self.dense), power_of_two(self.expert)
 
+    def true_columns(self, site: LoraSite) -> int:
+        """The rank of this site."""
+        return self.dense if site.num_experts is None else self.expert
+
+    def columns(self, site: LoraSite) -> int:
+        """Columns of this site's arrays."""
+        return self.padded[site.num_experts is not None]
+
 
 def ranks(lora: LoraConfig, num_experts_per_tok: int) -> Ranks:
     """What ``lora`` means on a model with this many active experts (0 is a dense model)."""
@@ -93,6 +101,12 @@ def initial_weights(site: LoraSite, rank: int, seed: int) -> tuple[np.ndarray, n
     rng = np.random.default_rng((seed & (2**64 - 1), zlib.crc32(site.name.encode())))
     bound = 1.0 / math.sqrt(site.in_features)
     return rng.uniform(-bound, bound, shape_a).astype(np.float32), np.zeros(shape_b, np.float32)
+
+
+def padded_site(a: np.ndarray, b: np.ndarray, columns: int) -> LoraWeights:
+    """A site's arrays with zero columns up to ``columns``: [… in rank] and [… rank out] of one dtype."""
+    extra, lead = (0, columns - a.shape[-1]), [(0, 0)] * (a.ndim - 2)
+    return LoraWeights(np.pad(a, [*lead, (0, 0), extra]), np.pad(b, [*lead, extra, (0, 0)]))
 
 
 class AdapterStore:
@@ -150,7 +164,7 @@ class AdapterStore:
 
     def ranks(self, model_id: str) -> Ranks:
         """True ranks, padded ranks and scalings of the model's adapter."""
-        return ranks(self.lora(model_id), self._model.config.num_experts_per_tok)
+        return self._ranks(self.lora(model_id))
 
     def state(self, model_id: str) -> TrainingState:
         """The model's state on the device, restored if it was parked; NotFound, or ModelLost if it can't be."""
@@ -209,11 +223,10 @@ class AdapterStore:
     # ---- between ModelState's names and the pytree ------------------------------------------------------------
 
     def _initial(self, site: LoraSite, lora: LoraConfig) -> tuple[np.ndarray, np.ndarray]:
-        return initial_weights(site, self._true_rank(site, lora), lora.seed)
+        return initial_weights(site, self._ranks(lora).true_columns(site), lora.seed)
 
-    def _true_rank(self, site: LoraSite, lora: LoraConfig) -> int:
-        true = ranks(lora, self._model.config.num_experts_per_tok)
-        return true.dense if site.num_experts is None else true.expert
+    def _ranks(self, lora: LoraConfig) -> Ranks:
+        return ranks(lora, self._model.config.num_experts_per_tok)
 
     def _checked(
         self,
@@ -230,7 +243,7 @@ class AdapterStore:
             given = [left.pop(name, None) for name in names]
             if given[0] is None and given[1] is None:
                 given = list(missing(site, lora))
-            shapes = site_shapes(site, self._true_rank(site, lora))
+            shapes = site_shapes(site, self._ranks(lora).true_columns(site))
             for name, array, shape in zip(names, given, shapes, strict=True):
                 if array is None or array.shape != shape:
                     got = f"{what} with {name} of shape {None if array is None else array.shape}"
@@ -253,13 +266,10 @@ class AdapterStore:
         self.replace(model_id, on_device)
 
     def _padded(self, arrays: Mapping[str, np.ndarray], lora: LoraConfig) -> Adapter:
-        def pad(site: LoraSite) -> LoraWeights:
-            a, b = arrays[site.name + ".lora_A"], arrays[site.name + ".lora_B"]
-            rank = a.shape[-1]
-            extra = (padded_rank(rank) if site.num_experts is None else power_of_two(rank)) - rank
-            lead = [(0, 0)] * (a.ndim - 2)
-            return LoraWeights(np.pad(a, [*lead, (0, 0), (0, extra)]), np.pad(b, [*lead, (0, extra), (0, 0)]))
-
+        padded = self._ranks(lora)
+        pad = lambda site: padded_site(
+            arrays[site.name + ".lora_A"], arrays[site.name + ".lora_B"], padded.columns(site)
+        )
         return self._tree(lora, pad)
 
     def _named(self, adapter: Adapter, lora: LoraConfig) -> dict[str, np.ndarray]:
@@ -267,7 +277,7 @@ class AdapterStore:
         for site in trained_sites(self._sites, lora):
             weights = adapter.unembed if site.layer is None else adapter.layers[site.layer][site.key]
             assert weights is not None
-            rank = self._true_rank(site, lora)
+            rank = self._ranks(lora).true_columns(site)
             # Copies: device_get may hand out a view of a buffer that the next optimizer step reuses.
             named[site.name + ".lora_A"] = np.asarray(weights.a)[..., :rank].copy()
             named[site.name + ".lora_B"] = np.asarray(weights.b)[..., :rank, :].copy()
@@ -286,10 +296,8 @@ class AdapterStore:
     # ---- between host and device ------------------------------------------------------------------------------
 
     def _to_device(self, state: TrainingState, lora: LoraConfig) -> TrainingState:
-        padded = ranks(lora, self._model.config.num_experts_per_tok).padded
-        places = self._tree(
-            lora, lambda site: adapter_sharding(site, self._model.mesh, padded[site.num_experts is not None])
-        )
+        padded = self._ranks(lora)
+        places = self._tree(lora, lambda site: adapter_sharding(site, self._model.mesh, padded.columns(site)))
         grads = None if state.grads is None else places
         return jax.device_put(state, replace(state, weights=places, mu=places, nu=places, grads=grads))
 

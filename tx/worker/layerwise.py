@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -224,10 +224,10 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
 
 
 def _join(sites: tuple[Any, ...]) -> Any:
-    """One adapter's arrays as they are; several stacked along a row axis in front."""
+    """One adapter's arrays as they are; of several, tuples: stacked, they would all be copied (45 MB each)."""
     if not sites:
         return {}
-    return sites[0] if len(sites) == 1 else jax.tree.map(lambda *arrays: jnp.stack(arrays), *sites)
+    return sites[0] if len(sites) == 1 else jax.tree.map(lambda *arrays: arrays, *sites)
 
 
 def _in_place(sites: Sites, mesh: Any, axes: tuple[tuple[Any, ...], ...]) -> Sites:
@@ -303,4 +303,6 @@ def _split(joined: LoraWeights | None, count: int) -> tuple[LoraWeights | None, 
     """The inverse of ``_join``."""
     if count == 1:
         return (joined,)
-    return tuple(jax.tree.map(partial(lambda index, x: x[index], index), joined) for index in range(count))
+    if joined is None:
+        return (None,) * count
+    return tuple(LoraWeights(a, b) for a, b in zip(joined.a, joined.b, strict=True))

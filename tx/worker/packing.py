@@ -56,7 +56,7 @@ def plan(pieces: Iterable[Piece], limits: Limits) -> list[MicroBatch]:
 
     Example, a budget of 256: datums of 300, 200, 100, 40 and 20 positions run as rows of 384 = {300, 20}, which is
     longer than the budget because its first datum is, 256 = {200, 40} and 128 = {100}. Not packed, they run as 1 x 384,
-    1 x 256, 1 x 128, 1 x 64 and 1 x 32.
+    1 x 256, 1 x 128, 1 x 48 and 1 x 24.
     """
     waiting = sorted(pieces, reverse=True)
     return _plan_packed(waiting, limits) if limits.packed else _plan_single(waiting, limits)
@@ -70,7 +70,7 @@ def smaller(batch: MicroBatch, limits: Limits) -> Limits | None:
     shape = batch.shape
     if limits.packed:
         longest = max(piece.length for piece in batch.pieces)
-        can_shrink = shape.length > padded_length(longest, limits.max_context)
+        can_shrink = shape.length > padded_length(longest, limits)
     else:
         can_shrink = shape.rows > limits.row_multiple
     return replace(limits, tokens=shape.num_tokens // 2) if can_shrink else None
@@ -91,7 +91,7 @@ def _plan_packed(waiting: Sequence[Piece], limits: Limits) -> list[MicroBatch]:
         for at in range(0, len(rows), limits.row_multiple):
             together = tuple(rows[at : at + limits.row_multiple])
             longest = max(_length(row) for row in together)
-            shape = Shape(limits.row_multiple, padded_length(longest, limits.max_context), targets)
+            shape = Shape(limits.row_multiple, padded_length(longest, limits), targets)
             batches.append(MicroBatch(together, shape))
         start = end
     return batches
@@ -109,7 +109,7 @@ def _fill_rows(pieces: Sequence[Piece], limits: Limits) -> list[Row]:
             left, row = room.pop(at)
         else:
             # A long datum opens a row as long as its own padded length: what is left of it is not wasted.
-            size = max(budget, padded_length(piece.length, limits.max_context))
+            size = max(budget, padded_length(piece.length, limits))
             left, row = size, len(rows)
             rows.append([])
         rows[row].append(piece)
@@ -130,7 +130,7 @@ def _plan_single(waiting: Sequence[Piece], limits: Limits) -> list[MicroBatch]:
     start = 0
     while start < len(waiting):
         first = waiting[start]
-        length = padded_length(first.length, limits.max_context)
+        length = padded_length(first.length, limits)
         targets = padded_targets(first.num_targets)
         alike = _count_alike(waiting, start, length, targets, limits)
         num_rows = rows_for(alike, length, limits)
@@ -157,4 +157,4 @@ def _count_alike(waiting: Sequence[Piece], start: int, length: int, targets: int
 
 
 def _bucket(piece: Piece, limits: Limits) -> tuple[int, int]:
-    return padded_length(piece.length, limits.max_context), padded_targets(piece.num_targets)
+    return padded_length(piece.length, limits), padded_targets(piece.num_targets)

@@ -1,11 +1,13 @@
 """The small fixed set of padded shapes that training programs are compiled for. No JAX.
 
 Row lengths are 16, 32, 64, 128, 192, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, …):
-24 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows.
+24 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows, and
+there are 24, 48 and 96 as well.
 
 Packed rows are filled with several datums, so their lengths can be coarse below 512; a long datum fills its row mostly
-alone and wastes less than a fifth of it. Rows of one length are powers of two under a token budget. Everything else a
-program could depend on (which loss, its config, learning rates) is data, not shape.
+alone and wastes less than a fifth of it. A row of one datum has only its length to fit it by: it wastes less than a
+third. Rows of one length are powers of two under a token budget. Everything else a program could depend on (which loss,
+its config, learning rates) is data, not shape.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ SHORTEST = 16
 """Shorter rows are padded to this many positions: their programs would save nothing."""
 
 _COARSE_UNTIL = 128
+"""Packed, lengths double up to here."""
+
 _FINE_FROM = 512
 
 
@@ -67,31 +71,35 @@ def padded_rank(rank: int) -> int:
     return power_of_two(max(2, rank))
 
 
-def lengths(max_context: int) -> Iterator[int]:
-    """Every padded length, ascending; the last is ``max_context`` itself."""
+def lengths(limits: Limits) -> Iterator[int]:
+    """Every padded length, ascending; the last is ``max_context`` itself, all others are multiples of 8.
+
+    Attention asks for none of it: cuDNN takes any length as long as there is no bias, the blocks of packed rows too.
+    """
     length = SHORTEST
-    while length < max_context:
+    while length < limits.max_context:
         yield length
-        length += _step(length)
-    yield max_context
+        length += _step(length, limits.packed)
+    yield limits.max_context
 
 
-def _step(length: int) -> int:
-    """To the next length: as much again, from 128 on half of the power of two below, from 512 on a quarter of it."""
-    if length < _COARSE_UNTIL:
-        return length
+def _step(length: int, packed: bool) -> int:
+    """To the next length: half of the power of two below, from 512 on a quarter; packed, all of it up to 128."""
     below = 1 << (length.bit_length() - 1)
+    if packed and length < _COARSE_UNTIL:
+        return below
     return below // 2 if below < _FINE_FROM else below // 4
 
 
-def padded_length(length: int, max_context: int) -> int:
+def padded_length(length: int, limits: Limits) -> int:
     """The smallest padded length that holds ``length`` positions.
 
-    Example: 70 positions become 128, 300 become 384, 1,025 become 1,280; in a context of 9,000, 8,500 become 9,000.
+    Example: 70 positions become 128, or 96 not packed; 300 become 384, 1,025 become 1,280; in a context of 9,000, 8,500
+    become 9,000.
     """
-    if length > max_context:
-        raise ValueError(f"a row of {length} positions in a context of {max_context}")
-    return next(padded for padded in lengths(max_context) if padded >= length)
+    if length > limits.max_context:
+        raise ValueError(f"a row of {length} positions in a context of {limits.max_context}")
+    return next(padded for padded in lengths(limits) if padded >= length)
 
 
 def row_budget(limits: Limits) -> int:
@@ -100,9 +108,7 @@ def row_budget(limits: Limits) -> int:
     Example: of 3,000 tokens, one row takes 2,560 and two rows take 1,280 each.
     """
     each = limits.tokens // limits.row_multiple
-    return max(
-        (length for length in lengths(limits.max_context) if length <= each), default=next(lengths(limits.max_context))
-    )
+    return max((length for length in lengths(limits) if length <= each), default=next(lengths(limits)))
 
 
 def max_rows(length: int, limits: Limits) -> int:
@@ -137,10 +143,10 @@ def padded_targets(num_targets: int) -> int:
 def all_shapes(limits: Limits, longest: int) -> list[Shape]:
     """Every shape that datums of up to ``longest`` positions with one target each can meet: what may be compiled."""
     found = []
-    longest = padded_length(min(longest, limits.max_context), limits.max_context)
+    longest = padded_length(min(longest, limits.max_context), limits)
     if limits.packed:
         longest = max(longest, row_budget(limits))
-    for length in lengths(limits.max_context):
+    for length in lengths(limits):
         if limits.packed:
             found.append(Shape(limits.row_multiple, length, 1))
         else:

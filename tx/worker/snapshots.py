@@ -21,11 +21,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tx.errors import InvalidInput, NotFound
-from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, all_finite, expert_rank
+from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, all_finite
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
-from tx.worker.shapes import padded_rank, power_of_two
+from tx.worker.adapters import padded_site, ranks
+from tx.worker.shapes import power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +64,16 @@ class SnapshotStore:
 
     def load(self, snapshot_id: str, state: ModelState) -> None:
         """A snapshot from saved weights, padded to the rank that ``take`` would have seen."""
-        rank = padded_rank(state.lora.rank)
+        padded = ranks(state.lora, self._model.config.num_experts_per_tok)
         layers: list[dict[str, LoraWeights]] = [{} for _ in range(self._model.config.num_layers)]
         unembed = None
         for site in lora_sites(self._model.config):
             if f"{site.name}.lora_A" not in state.weights:
                 continue
             a, b = state.weights[f"{site.name}.lora_A"], state.weights[f"{site.name}.lora_B"]
-            if site.num_experts is not None:
-                width = power_of_two(a.shape[-1])
-            else:
-                width = rank
-            place = adapter_sharding(site, self._model.mesh, width)
-            weights = LoraWeights(
-                jax.device_put(_pad(a, -1, width), place.a), jax.device_put(_pad(b, -2, width), place.b)
-            )
+            columns = padded.columns(site)
+            place = adapter_sharding(site, self._model.mesh, columns)
+            weights = jax.device_put(padded_site(a, b, columns), place)
             if site.layer is None:
                 unembed = weights
             else:
@@ -106,9 +102,9 @@ class SnapshotStore:
         *layers, unembed = (part for part, _ in parts)
         copy = Adapter(tuple(layers), unembed)
         rank, width = _columns(copy)
-        of_experts = expert_rank(lora.rank, self._model.config.num_experts_per_tok)
+        own = ranks(lora, self._model.config.num_experts_per_tok)
         self.drop(snapshot_id)
-        self._admit(Snapshot(snapshot_id, copy, rank, width, lora.scaling, lora.alpha / of_experts))
+        self._admit(Snapshot(snapshot_id, copy, rank, width, own.scaling, own.expert_scaling))
 
     def _admit(self, snapshot: Snapshot) -> None:
         self._resident[snapshot.snapshot_id] = snapshot
@@ -161,12 +157,6 @@ class LiveAdapters:
         for snapshot, (start, expert_start) in self._offsets.items():
             combined = _place(combined, snapshot.adapter, jnp.int32(start), jnp.int32(expert_start))
         self._adapter = combined
-
-
-def _pad(x: np.ndarray, axis: int, width: int) -> np.ndarray:
-    missing = [(0, 0)] * x.ndim
-    missing[axis] = (0, width - x.shape[axis])
-    return np.pad(x, missing)
 
 
 def _columns(adapter: Adapter) -> tuple[int, int]:
