@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 
 from tx.tinker.service import Api, body
-from tx.tinker.wire import requests, responses
+from tx.tinker.wire import compat, requests, responses
 
 router = APIRouter()
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def client_config(
     long again (one more round trip), and the client never asks why it waits.
     """
     log.debug("Client with SDK %s", request.sdk_version)
-    return {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES, "sample_use_retrieve_futures": False}
+    flags = {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES, "sample_use_retrieve_futures": False}
+    return flags | compat.client_flags(compat.parse_version(request.sdk_version))
 
 
 @router.post("/client/dynamic_config")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
 from tx.tinker.db import Model, Sampler, now
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
-from tx.tinker.wire import paths, requests, responses
+from tx.tinker.wire import compat, paths, requests, responses
 
 router = APIRouter()
 
@@ -49,9 +49,10 @@ async def save_weights_for_sampler(
 
 @router.post("/load_weights", response_model_exclude_none=True)
 async def load_weights(
-    api: Api, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
+    api: Api, http: Request, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
 ) -> responses.Future:
     """Into an existing model, or, with session_id and model_seq_id, as the creation of a new one."""
+    request = compat.complete_load_weights(request, http.headers)
     if request.creates_model:
         job = await run_in_threadpool(_create_via_load, api, request)
     else:
