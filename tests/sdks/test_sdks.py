@@ -15,7 +15,7 @@ CHECKED = ("0.3.0", "0.14.0", "0.24.1", "0.30.0", "0.38.0")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_versions_agree(server: Server) -> None:
     try:
         for version in CHECKED:
