@@ -53,6 +53,8 @@ def test_client_config_is_answered(client):
     assert config["sample_use_retrieve_futures"] is False
     assert config["sample_join_sampling_session"] is True
     assert config["custom_loss_server_side"] is False
+    assert "proto_write_fwdbwd" not in config
+    assert client.ask("client/config", sdk_version="0.24.1")["proto_write_fwdbwd"] is True
     dynamic = client.ask("client/dynamic_config", sdk_version="0.38.0")
     assert dynamic["refresh_interval_sec"] > 10
     assert dynamic["sample_cancel_enabled"] is True

@@ -81,6 +81,13 @@ def test_load_into_an_existing_model_is_one_of_its_jobs(client, model, running):
     assert json.loads(job.payload)["optimizer"] is True
 
 
+def test_a_version_that_cannot_name_the_optimizer_gets_it(client, model, running):
+    body = {"model_id": model, "seq_id": 2, "path": save(client, model)["path"]}
+    old = {"user-agent": "AsyncTinker/Python 0.3.0", "x-stainless-package-version": "0.3.0"}
+    client.result(client.post("load_weights", json=body, headers=old).json())
+    assert json.loads(running.seen[-1].payload)["optimizer"] is True
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "x" * 129, "a b", "a\0b", "é"])
 def test_names_cannot_leave_their_folder(client, model, name):
     for path in ("save_weights", "save_weights_for_sampler"):

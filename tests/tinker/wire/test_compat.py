@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tx.tinker.wire import compat
+from tx.tinker.wire import compat, requests
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,40 @@ def test_accepts_protobuf(accept, protobuf):
 )
 def test_external_checkpoints_are_for_sdks_that_know_them(version, reads):
     assert compat.reads_external({"x-stainless-package-version": version} if version else {}) is reads
+
+
+@pytest.mark.parametrize(
+    ("version", "said", "path", "restores"),
+    [
+        ("0.5.1", {}, "tinker://s:train:0/weights/a", True),
+        ("0.5.1", {}, "tinker://s:train:0/sampler_weights/a", False),
+        ("0.6.0", {}, "tinker://s:train:0/weights/a", False),
+        ("0.7.0", {"optimizer": False}, "tinker://s:train:0/weights/a", False),
+        ("0.38.0", {"optimizer": True}, "tinker://s:train:0/weights/a", True),
+        (None, {}, "tinker://s:train:0/weights/a", False),
+    ],
+)
+def test_the_only_load_state_of_old_versions_restores_the_optimizer(version, said, path, restores):
+    request = requests.LoadWeights(model_id="s:train:0", seq_id=1, path=path, **said)
+    headers = {"x-stainless-package-version": version} if version else {}
+    complete = compat.complete_load_weights(request, headers)
+    assert complete.optimizer is restores
+    # The job's payload holds only what is set.
+    assert ("optimizer" in complete.model_dump(exclude_unset=True)) is (restores or bool(said))
+
+
+@pytest.mark.parametrize("text", ["", "0", "latest", "v0.3"])
+def test_versions_that_are_none(text):
+    assert compat.parse_version(text) is None
+
+
+def test_flags_for_the_versions_that_know_them():
+    assert compat.client_flags((0, 24, 1)) == {
+        "proto_write_fwdbwd": True,
+        "fwd_via_fwdbwd": True,
+        "create_model_via_load_weights": True,
+    }
+    assert compat.client_flags((0, 38, 0)) == compat.client_flags(None) == {}
 
 
 def test_media_type():

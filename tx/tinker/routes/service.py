@@ -33,7 +33,7 @@ def health(api: Api, response: Response) -> responses.Health:
     return state
 
 
-@router.post("/client/config")
+@router.post("/client/config", response_model_exclude_none=True)
 def client_config(
     http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
 ) -> admin.ClientConfig:
@@ -44,10 +44,11 @@ def client_config(
     are no accounts that a token could be of. Custom losses are the client's to compute.
     """
     log.debug("Client with SDK %s", request.sdk_version)
+    version = compat.client_version(http.headers) or compat.parse_version(request.sdk_version)
     return admin.ClientConfig(
         pjwt_auth_enabled=False,
         credential_default_source="api_key",
-        parallel_fwdbwd_chunks=compat.sends_first_chunk_last(compat.client_version(http.headers)),
+        parallel_fwdbwd_chunks=compat.sends_first_chunk_last(version),
         proto_compress_fwdbwd=False,
         fwdbwd_max_chunk_len=1024,
         fwdbwd_max_chunk_bytes_count=5_000_000,
@@ -62,6 +63,7 @@ def client_config(
         custom_loss_server_side=False,
         use_pyqwest_transport=True,
         billing_exception_max_pause_duration_sec=3600,
+        **compat.client_flags(version),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Request
 from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
@@ -12,7 +12,7 @@ from tx.tinker import copies
 from tx.tinker.db import Model, Sampler, now
 from tx.tinker.jobs import NewJob
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
-from tx.tinker.wire import paths, requests, responses
+from tx.tinker.wire import compat, paths, requests, responses
 
 router = APIRouter()
 
@@ -83,9 +83,10 @@ def copy_weights(
 
 @router.post("/load_weights", response_model_exclude_none=True)
 async def load_weights(
-    api: Api, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
+    api: Api, http: Request, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
 ) -> responses.Future:
     """Into an existing model, or, with session_id and model_seq_id, as the creation of a new one."""
+    request = compat.complete_load_weights(request, http.headers)
     if request.creates_model:
         job = await run_in_threadpool(_create_via_load, api, request)
     else:

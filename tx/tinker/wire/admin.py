@@ -180,7 +180,7 @@ class JoinedSamplingSession(BaseModel):
 
 
 class ClientConfig(BaseModel):
-    """client/config: every flag of the SDK, said rather than left to its defaults."""
+    """client/config: every flag of the SDK, said rather than left to its defaults; the last three are older ones'."""
 
     pjwt_auth_enabled: bool
     credential_default_source: Literal["api_key"]
@@ -199,6 +199,9 @@ class ClientConfig(BaseModel):
     custom_loss_server_side: bool
     use_pyqwest_transport: bool
     billing_exception_max_pause_duration_sec: int
+    proto_write_fwdbwd: bool | None = None
+    fwd_via_fwdbwd: bool | None = None
+    create_model_via_load_weights: bool | None = None
 
 
 class ClientDynamicConfig(BaseModel):
