@@ -96,8 +96,10 @@ class CheckpointFolders:
                 content = (folder / name).read_bytes()
             except OSError as error:
                 raise BrokenCheckpoint(f"{path}: {name} can't be read ({error.strerror})") from error
-            if len(content) != expected["size"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise BrokenCheckpoint(f"{path}: {name} is not what was written (size or SHA-256 differ)")
+            try:
+                check_file(name, content, expected)
+            except BrokenCheckpoint as error:
+                raise BrokenCheckpoint(f"{path}: {error}") from error
             files[name] = content
         return card, files
 
@@ -129,19 +131,11 @@ class CheckpointFolders:
 
     def _read_card(self, path: TinkerPath) -> tuple[CheckpointCard, dict[str, dict[str, object]]]:
         try:
-            described = json.loads((self.folder(path) / CARD).read_text())
-            card = CheckpointCard(
-                base_model=described["base_model"],
-                lora=LoraConfig(**described["lora"]),
-                step=described["step"],
-                created_at=described["created_at"],
-                num_experts_per_tok=described["num_experts_per_tok"],
-            )
-            return card, described["files"]
+            return parse_card((self.folder(path) / CARD).read_bytes())
         except FileNotFoundError as error:
             raise NotFound("path", str(path), "a checkpoint that exists") from error
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise BrokenCheckpoint(f"{path}: {CARD} can't be read ({error})") from error
+        except (BrokenCheckpoint, OSError) as error:
+            raise BrokenCheckpoint(f"{path}: {error}") from error
 
     def _swap_in(self, staging: Path, target: Path) -> None:
         old = None
@@ -153,6 +147,30 @@ class CheckpointFolders:
         _sync_folder(target.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_card(content: bytes) -> tuple[CheckpointCard, dict[str, dict[str, object]]]:
+    """A folder's card, and ``size`` and ``sha256`` of each of its files; BrokenCheckpoint if it can't be read."""
+    try:
+        described = json.loads(content)
+        lora = described["lora"]
+        sites = lora.get("sites")
+        card = CheckpointCard(
+            base_model=described["base_model"],
+            lora=LoraConfig(**lora | {"sites": None if sites is None else tuple(sites)}),
+            step=described["step"],
+            created_at=described["created_at"],
+            num_experts_per_tok=described["num_experts_per_tok"],
+        )
+        return card, described["files"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{CARD} can't be read ({error})") from error
+
+
+def check_file(name: str, content: bytes, expected: Mapping[str, object]) -> None:
+    """Raises BrokenCheckpoint if a file is not what its card says."""
+    if len(content) != expected["size"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise BrokenCheckpoint(f"{name} is not what was written (size or SHA-256 differ)")
 
 
 def folder_bytes(folder: Path) -> int:

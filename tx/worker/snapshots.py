@@ -21,10 +21,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tx.errors import InvalidInput, NotFound
-from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, all_finite, expert_rank
+from tx.layers.lora import Adapter, AdapterView, LoraWeights, adapter_sharding, all_finite
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
+from tx.worker.adapters import ranks
 from tx.worker.shapes import padded_rank, power_of_two
 
 
@@ -106,9 +107,9 @@ class SnapshotStore:
         *layers, unembed = (part for part, _ in parts)
         copy = Adapter(tuple(layers), unembed)
         rank, width = _columns(copy)
-        of_experts = expert_rank(lora.rank, self._model.config.num_experts_per_tok)
+        of_experts = ranks(lora, self._model.config.num_experts_per_tok).expert_scaling
         self.drop(snapshot_id)
-        self._admit(Snapshot(snapshot_id, copy, rank, width, lora.scaling, lora.alpha / of_experts))
+        self._admit(Snapshot(snapshot_id, copy, rank, width, lora.scaling, of_experts))
 
     def _admit(self, snapshot: Snapshot) -> None:
         self._resident[snapshot.snapshot_id] = snapshot
