@@ -10,6 +10,7 @@ Each file holds a tiny random base model, ``out/<case>``: an adapter, its export
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import warnings
@@ -125,8 +126,7 @@ def saved(case: str, model: torch.nn.Module, dtype: torch.dtype = torch.float32)
     out = {f"in/{case}/logits": logits_of(model)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.to(dtype).save_pretrained(folder)
-        model.double()
+        copy.deepcopy(model).to(dtype).save_pretrained(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             out[f"in/{case}/{name}"] = np.frombuffer((Path(folder) / name).read_bytes(), np.uint8)
     return out
