@@ -221,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--project-id", help="project of the session that the import makes")
     parser.add_argument("--session-name", help="display name of that session")
     parser.add_argument("--tag", action="append", default=[], help="a tag of that session; may be given several times")
+    of_base_model = "hub id, folder or served name of the base model (default: the only one of the database)"
     for name in _FLAGS:
-        description = TxConfig.model_fields[name].description or ""
+        description = of_base_model if name == "base_model" else TxConfig.model_fields[name].description
         parser.add_argument("--" + name.replace("_", "-"), help=f"{description}; {environment_name(name)}")
     return parser
