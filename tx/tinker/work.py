@@ -142,9 +142,10 @@ class Work:
         with_optimizer = bool(request.get("optimizer"))
         if with_optimizer and not checkpoint.has_optimizer:
             raise InvalidInput("optimizer", True, f"false: {path} holds no optimizer state")
-        if job.seq_id != 0 and lora_of(model).requested != state.lora.requested:
-            wanted = f"one of {lora_of(model).requested}, as the model was created"
-            raise InvalidInput("path", f"a checkpoint of {state.lora.requested}", wanted)
+        wanted, given = lora_of(model).requested, state.lora.requested
+        if job.seq_id != 0 and given != wanted:
+            shown, accepted = (", ".join(f"{name}={value}" for name, value in each.items()) for each in (given, wanted))
+            raise InvalidInput("path", f"a checkpoint of {shown}", f"{accepted}, as the model was created")
         self._worker.restore_model(model_id, state, with_optimizer)
         self.applied[model_id] = job.seq_id
         lora = state.lora
