@@ -15,7 +15,13 @@ LORA_ALPHA = 32.0
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a tenant asked for when it created a model (protocol §2.2)."""
+    """An adapter's shape: what a tenant asked for when it created a model (protocol §2.2), or an imported one's.
+
+    Attributes:
+        alpha, expert_rank, sites: no request names them, they come with imported weights. ``expert_rank`` is at most
+            ``rank``; None is ``tx.layers.lora.expert_rank``. ``sites`` are the names of the only sites that have an
+            adapter, each in one of the groups that are trained; None is every site of those groups.
+    """
 
     rank: int
     seed: int
@@ -23,6 +29,14 @@ class LoraConfig:
     train_mlp: bool = True
     train_unembed: bool = True
     alpha: float = LORA_ALPHA
+    expert_rank: int | None = None
+    sites: tuple[str, ...] | None = None
+
+    @property
+    def requested(self) -> dict[str, int | bool]:
+        """What a request can say of an adapter's shape, by name: weights load only into a model that says the same."""
+        names = ("rank", "train_attn", "train_mlp", "train_unembed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def scaling(self) -> float:

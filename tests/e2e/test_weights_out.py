@@ -17,14 +17,14 @@ import tinker
 
 from tests.e2e.test_resume import DATA, step
 from tests.support.server import BASE_MODEL, Server, environment
-from tx.models import peft
+from tx.models import peft_import
 
 
 def adapter(folder: Path) -> dict[str, np.ndarray]:
     """The weights of a PEFT folder by tx's names."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     adapter_files = {name: files[name] for name in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)}
-    return dict(peft.import_files(adapter_files).weights)
+    return dict(peft_import.import_files(adapter_files).weights)
 
 
 def assert_same(weights: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

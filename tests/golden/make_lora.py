@@ -1,4 +1,4 @@
-"""Write lora_llama, lora_qwen3, peft_llama and peft_moe.safetensors: what torch autograd and PEFT say about LoRA.
+"""Write lora_llama and lora_qwen3.safetensors: what torch autograd says about LoRA as PEFT has it.
 
 Run with an environment that has torch, transformers and peft, from the repository's root::
 
@@ -11,24 +11,17 @@ as a difference is the error of the code under test. The losses are written here
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-
-from tx.models.peft import export_files  # noqa: E402
-from tx.types import LoraConfig, ModelState  # noqa: E402
-
 RANK, ALPHA = 3, 32  # a rank that needs padding to a power of two
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 SIZES = {
@@ -216,61 +209,6 @@ def training(family: str, cases: tuple[str, ...]) -> None:
     write(f"lora_{family}", config, out)
 
 
-def peft(family: str) -> None:
-    """Our export as PEFT loads it, and an adapter that PEFT wrote."""
-    base = tiny(family)
-    config, out = hf_folder(base)
-    rank = 4 if family == "moe" else RANK
-    state = ModelState(LoraConfig(rank, 0), exported_weights(family, rank))
-    out |= {f"adapter/{name}": array for name, array in state.weights.items()}
-    tokens = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 12)
-    out["tokens"] = tokens
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in export_files(state, "tiny").items():
-            (Path(folder) / name).write_bytes(content)
-            out[f"export/{name}"] = np.frombuffer(content, np.uint8)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(tiny(family), folder).double().eval()
-        assert not [w for w in caught if "missing" in str(w.message)], [str(w.message) for w in caught]
-        with torch.no_grad():
-            out["logits"] = logits_of(model, tokens).numpy()
-    if family == "llama":
-        foreign = PeftConfig(r=5, lora_alpha=10, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(tiny(family), foreign).double().eval()
-        torch.manual_seed(4)
-        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            for parameter in lora_parameters(model).values():
-                parameter.copy_(torch.randn(parameter.shape).float() * 0.3)
-            out["foreign/logits"] = logits_of(model, tokens).numpy()
-            model.float().save_pretrained(folder)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                out[f"foreign/{name}"] = np.frombuffer((Path(folder) / name).read_bytes(), np.uint8)
-    write(f"peft_{family}", config, out)
-
-
-def exported_weights(family: str, rank: int) -> dict[str, np.ndarray]:
-    """A random adapter on every site, by tx's names."""
-    rng = np.random.default_rng(5)
-    weights: dict[str, np.ndarray] = {}
-
-    def site(name: str, inner: int, outer: int, rank: int, lead: tuple[int, ...] = ()) -> None:
-        weights[f"{name}.lora_A"] = rng.normal(0, 0.15, (*lead, inner, rank)).astype(np.float32)
-        weights[f"{name}.lora_B"] = rng.normal(0, 0.15, (*lead, rank, outer)).astype(np.float32)
-
-    for layer in range(2):
-        for key, outer in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16), ("o_proj", 32)):
-            site(f"layers.{layer}.{key}", 32, outer, rank)
-        moe = family == "moe"
-        prefix, ffn, lead = ("experts.", 16, (4,)) if moe else ("", 48, ())
-        own = rank // 2 if moe else rank  # two experts per token
-        site(f"layers.{layer}.{prefix}gate_proj", 32, ffn, own, lead)
-        site(f"layers.{layer}.{prefix}up_proj", 32, ffn, own, lead)
-        site(f"layers.{layer}.{prefix}down_proj", ffn, 32, own, lead)
-    site("unembed", 32, 96, rank)
-    return weights
-
-
 def write(name: str, config: str, arrays: dict[str, np.ndarray]) -> None:
     stored = {k: np.ascontiguousarray(v.astype(np.float32) if v.dtype == np.float64 else v) for k, v in arrays.items()}
     save_file(stored, HERE / f"{name}.safetensors", metadata={"config": json.dumps(json.loads(config))})
@@ -280,5 +218,3 @@ def write(name: str, config: str, arrays: dict[str, np.ndarray]) -> None:
 if __name__ == "__main__":
     training("llama", CASES)
     training("qwen3", ("cross_entropy", "ppo", "gspo"))
-    peft("llama")
-    peft("moe")

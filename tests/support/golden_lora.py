@@ -1,4 +1,4 @@
-"""The golden files of make_lora.py as models, adapters and datums."""
+"""The golden files of make_lora.py and make_peft.py as models, adapters and datums."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from tx.layers.logprobs import next_logits
+from tx.layers.lora import single_view
+from tx.models.loading import load_model
+from tx.types import ModelState
+from tx.worker.adapters import AdapterStore
+from tx.worker.mesh import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -45,3 +54,16 @@ def read_golden(name: str, folder: Path) -> Golden:
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     """Norm of the difference over the norm of what is wanted."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+def adapter_logits(golden: Golden, state: ModelState) -> np.ndarray:
+    """Our own logits [position, vocab] with this adapter on the golden's base model and tokens."""
+    loaded = load_model(golden.folder, make_mesh(), jnp.float32)
+    store = AdapterStore(loaded, 1)
+    store.restore("m", state, with_optimizer=False)
+    ranks, adapter = store.ranks("m"), store.state("m").weights
+    view = single_view(adapter, ranks.scaling, ranks.expert_scaling, *ranks.padded)
+    model = nnx.merge(loaded.graphdef, loaded.weights)
+    tokens = jnp.asarray(golden.arrays["tokens"], jnp.int32)[None]
+    hidden, _ = model.hidden_states(tokens, jnp.arange(tokens.size, dtype=jnp.int32)[None], adapter=view)
+    return np.asarray(next_logits(hidden, model.unembed_kernel(), adapter.unembed, view.gate))[0]

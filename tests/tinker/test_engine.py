@@ -13,7 +13,7 @@ import pytest
 from sqlmodel import select
 
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, datum, new_worker
-from tx.models import peft
+from tx.models import peft_import
 from tx.tinker import engine as engine_module
 from tx.tinker.copies import CopyRequest, copy_checkpoint
 from tx.tinker.db import Checkpoint, Model, RecordedSequence, Sampler, Session, now, reading, writing
@@ -265,7 +265,7 @@ def test_external_weights_are_the_adapter_alone(bench):
         "type": "save_weights_external",
         "size_bytes": sum(map(len, files.values())),
     }
-    imported = peft.import_files(files).weights
+    imported = peft_import.import_files(files).weights
     for name, weights in bench.worker.export_model(client.model_id).weights.items():
         np.testing.assert_array_equal(imported[name], weights)
     _, encrypted = bench.folders.read("sess-a:train:0/external_weights/y")

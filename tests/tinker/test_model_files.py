@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tx.tinker.checkpoints import BrokenCheckpoint, CheckpointCard
-from tx.tinker.model_files import OPTIMIZER_FILE, from_files, to_files
-from tx.tinker.work import _experts_per_tok
+from tx.tinker.model_files import OPTIMIZER_FILE, experts_per_tok, from_files, to_files
 from tx.types import LoraConfig, ModelState
 
 
@@ -30,7 +29,7 @@ def state(rank: int, expert_rank: int | None = None) -> ModelState:
 
 
 def card_of(saved: ModelState) -> CheckpointCard:
-    return CheckpointCard("b", saved.lora, saved.step, 0.0, _experts_per_tok(saved))
+    return CheckpointCard("b", saved.lora, saved.step, 0.0, experts_per_tok(saved))
 
 
 @pytest.mark.parametrize(("rank", "expert_rank"), [(4, None), (8, 4), (8, 1), (2, 1), (7, 3), (7, 2)])

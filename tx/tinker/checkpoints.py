@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tx.errors import InvalidInput, NotFound, TxError
 from tx.tinker.wire.paths import TinkerPath
@@ -63,18 +63,11 @@ class StoredCheckpoint:
 
     def __init__(self, shown: str, opened: OpenFolder) -> None:
         try:
-            described = opened.card
-            self.card = CheckpointCard(
-                base_model=described["base_model"],
-                lora=LoraConfig(**described["lora"]),
-                step=described["step"],
-                created_at=described["created_at"],
-                num_experts_per_tok=described["num_experts_per_tok"],
-            )
-            self._sums = {name: (int(sums["size"]), str(sums["sha256"])) for name, sums in described["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenCheckpoint(f"{shown}: {CARD} can't be read ({error})") from error
-        self.sizes = {name: size for name, (size, _) in self._sums.items()}
+            self.card, sums = parse_card(opened.card)
+        except BrokenCheckpoint as error:
+            raise BrokenCheckpoint(f"{shown}: {error}") from error
+        self._sums = sums
+        self.sizes = {name: size for name, (size, _) in sums.items()}
         self._shown = shown
         self._opened = opened
 
@@ -84,8 +77,10 @@ class StoredCheckpoint:
             content = self._opened.read(name)
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{self._shown}: {name} is missing") from error
-        if (len(content), hashlib.sha256(content).hexdigest()) != self._sums[name]:
-            raise BrokenCheckpoint(f"{self._shown}: {name} is not what was written (size or SHA-256 differ)")
+        try:
+            check_file(name, content, self._sums[name])
+        except BrokenCheckpoint as error:
+            raise BrokenCheckpoint(f"{self._shown}: {error}") from error
         return content
 
     def open_file(self, name: str) -> BinaryIO:
@@ -106,6 +101,29 @@ class StoredCheckpoint:
 
     def __exit__(self, *details: object) -> None:
         self._opened.__exit__(*details)
+
+
+def parse_card(described: Any) -> tuple[CheckpointCard, dict[str, tuple[int, str]]]:
+    """What the JSON of a card says, and (size, SHA-256) of each file; BrokenCheckpoint if it can't be read."""
+    try:
+        lora = described["lora"]
+        sites = lora.get("sites")
+        card = CheckpointCard(
+            base_model=described["base_model"],
+            lora=LoraConfig(**lora | {"sites": None if sites is None else tuple(sites)}),
+            step=described["step"],
+            created_at=described["created_at"],
+            num_experts_per_tok=described["num_experts_per_tok"],
+        )
+        return card, {name: (int(sums["size"]), str(sums["sha256"])) for name, sums in described["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{CARD} can't be read ({error})") from error
+
+
+def check_file(name: str, content: bytes, expected: tuple[int, str]) -> None:
+    """Raises BrokenCheckpoint if a file is not what its card says."""
+    if (len(content), hashlib.sha256(content).hexdigest()) != expected:
+        raise BrokenCheckpoint(f"{name} is not what was written (size or SHA-256 differ)")
 
 
 class CheckpointFolders:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from safetensors.numpy import load, save
 
-from tx.models import peft
+from tx.models import peft, peft_import
 from tx.tinker.checkpoints import BrokenCheckpoint, CheckpointCard
 from tx.types import ModelState
 
@@ -33,7 +33,8 @@ def to_files(state: ModelState, base_model: str, *, with_optimizer: bool) -> dic
 def from_files(card: CheckpointCard, files: Mapping[str, bytes], num_experts_per_tok: int) -> ModelState:
     """The state that was written; its moments are empty and its step 0 if the optimizer was not."""
     adapter = {name: content for name, content in files.items() if name != OPTIMIZER_FILE}
-    state = replace(peft.import_files(adapter, num_experts_per_tok), lora=card.lora)
+    state = peft_import.import_files(adapter, num_experts_per_tok, of_experts=card.lora.expert_rank)
+    state = replace(state, lora=card.lora)
     if OPTIMIZER_FILE not in files:
         return state
     moments = _split(load(files[OPTIMIZER_FILE]))
@@ -41,6 +42,15 @@ def from_files(card: CheckpointCard, files: Mapping[str, bytes], num_experts_per
     if set(mu) != set(state.weights) or set(nu) != set(state.weights):
         raise BrokenCheckpoint(f"{OPTIMIZER_FILE} and the adapter hold different tensors")
     return replace(state, mu=mu, nu=nu, step=card.step)
+
+
+def experts_per_tok(state: ModelState) -> int:
+    """A count that gives the state's expert rank back from its rank, 0 for a dense model.
+
+    Example: rank 8 and experts of rank 2 give 4, as ``8 // 4`` is 2.
+    """
+    expert_ranks = [array.shape[-1] for name, array in state.weights.items() if ".experts." in name and name[-1] == "A"]
+    return state.lora.rank // expert_ranks[0] if expert_ranks else 0
 
 
 def to_point(state: ModelState) -> dict[str, bytes]:

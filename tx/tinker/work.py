@@ -164,8 +164,10 @@ class Work:
         with_optimizer = bool(request.get("optimizer"))
         if with_optimizer and not checkpoint.has_optimizer:
             raise InvalidInput("optimizer", True, f"false: {path} holds no optimizer state")
-        if job.seq_id != 0 and lora_of(model, state.lora.seed) != state.lora:
-            raise InvalidInput("path", f"a checkpoint of {state.lora}", f"{lora_of(model)}, as the model was created")
+        wanted, given = lora_of(model).requested, state.lora.requested
+        if job.seq_id != 0 and given != wanted:
+            shown, accepted = (", ".join(f"{name}={value}" for name, value in each.items()) for each in (given, wanted))
+            raise InvalidInput("path", f"a checkpoint of {shown}", f"{accepted}, as the model was created")
         self._worker.restore_model(model_id, state, with_optimizer)
         self.applied[model_id] = job.seq_id
         lora = state.lora
@@ -289,7 +291,7 @@ class Work:
         if path.kind == "sampler_weights":  # hot for the sampler that will ask for it, and refused if not finite
             self._worker.take_snapshot(path.model_id, _checkpoint_snapshot(path, created_at))
             self._hold(_checkpoint_snapshot(path, created_at))
-        card = CheckpointCard(self._base_model, state.lora, state.step, created_at, _experts_per_tok(state))
+        card = CheckpointCard(self._base_model, state.lora, state.step, created_at, model_files.experts_per_tok(state))
         applied = self.applied.get(path.model_id)
         place = self._place(path, job)
         replaced: Checkpoint | None = None
@@ -417,11 +419,11 @@ class Work:
             return session.exec(select(Checkpoint.id).where(Checkpoint.folder == folder)).first() is not None
 
 
-def lora_of(model: Model, seed: int | None = None) -> types.LoraConfig:
-    """The adapter that a model's row describes."""
+def lora_of(model: Model) -> types.LoraConfig:
+    """The adapter that a model's row asks for."""
     return types.LoraConfig(
         rank=model.rank,
-        seed=model.seed if seed is None else seed,
+        seed=model.seed,
         train_attn=model.train_attn,
         train_mlp=model.train_mlp,
         train_unembed=model.train_unembed,
@@ -437,15 +439,6 @@ def made_sampler(job: Job) -> str | None:
     if request.get("path") is not None or not isinstance(number, int):
         return None
     return paths.sampler_id(paths.session_of(job.model_id or ""), number)
-
-
-def _experts_per_tok(state: types.ModelState) -> int:
-    """A count that gives the state's expert rank back from its rank, 0 for a dense model.
-
-    Example: rank 8 and experts of rank 2 give 4, as ``8 // 4`` is 2.
-    """
-    expert_ranks = [array.shape[-1] for name, array in state.weights.items() if ".experts." in name and name[-1] == "A"]
-    return state.lora.rank // expert_ranks[0] if expert_ranks else 0
 
 
 def _checkpoint_snapshot(path: TinkerPath, created_at: float) -> str:

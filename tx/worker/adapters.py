@@ -76,14 +76,15 @@ class Ranks:
 
 def ranks(lora: LoraConfig, num_experts_per_tok: int) -> Ranks:
     """What ``lora`` means on a model with this many active experts (0 is a dense model)."""
-    per_expert = expert_rank(lora.rank, num_experts_per_tok)
+    per_expert = lora.expert_rank or expert_rank(lora.rank, num_experts_per_tok)
     return Ranks(lora.rank, per_expert, lora.scaling, lora.alpha / per_expert)
 
 
 def trained_sites(sites: tuple[LoraSite, ...], lora: LoraConfig) -> tuple[LoraSite, ...]:
-    """The sites that this adapter has, by its train_attn, train_mlp and train_unembed."""
+    """The sites that this adapter has, by its train_attn, train_mlp and train_unembed, and its ``sites`` if given."""
     groups = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    return tuple(site for site in sites if groups[site.group])
+    only = None if lora.sites is None else frozenset(lora.sites)
+    return tuple(site for site in sites if groups[site.group] and (only is None or site.name in only))
 
 
 def site_shapes(site: LoraSite, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -201,13 +202,16 @@ class AdapterStore:
         """Put a saved state into the model, created if absent; accumulated gradients are cleared.
 
         Raises InvalidInput if it doesn't fit this base model or the model that is there; then nothing has changed.
-        A site that the saved adapter doesn't have at all (a PEFT adapter on some modules only) starts fresh.
+        What no request names (alpha, the rank of experts, the set of sites) is the saved adapter's from then on.
         """
-        lora = self._lora.get(model_id, state.lora)
-        for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
-            if getattr(lora, name) != getattr(state.lora, name):
-                got = f"a checkpoint with {name} {getattr(state.lora, name)}"
-                raise InvalidInput("path", got, f"one with {name} {getattr(lora, name)}, as the model has")
+        present = self._lora.get(model_id, state.lora)
+        for name, wanted in present.requested.items():
+            got = state.lora.requested[name]
+            if got != wanted:
+                raise InvalidInput(
+                    "path", f"a checkpoint with {name} {got}", f"one with {name} {wanted}, as the model has"
+                )
+        lora = replace(state.lora, seed=present.seed)
         if with_optimizer and not (state.mu and state.nu):
             raise InvalidInput(
                 "optimizer", "a checkpoint without optimizer state", "one that has it, or optimizer=false"

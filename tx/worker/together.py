@@ -91,7 +91,7 @@ class Together:
                 return None
             if any(piece.num_targets != 1 for piece in job.pieces):
                 return None
-        return (forward_only, lora.train_attn, lora.train_mlp, lora.train_unembed) if num_datums else None
+        return (forward_only, lora.train_attn, lora.train_mlp, lora.train_unembed, lora.sites) if num_datums else None
 
     # ---- when -------------------------------------------------------------------------------------------------
 
