@@ -17,7 +17,7 @@ import tinker
 
 from tests.e2e.test_resume import DATA, step
 from tests.support.server import BASE_MODEL, Server, environment
-from tx.models import peft_import
+from tx.models import peft, peft_import
 
 
 def adapter(folder: Path) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ class Together:
     def _most_models(self) -> int:
         return min(MOST_MODELS, self._store.max_resident)
 
-    def _kind(self, model_id: str, jobs: Iterable[Job]) -> tuple[bool, ...] | None:
+    def _kind(self, model_id: str, jobs: Iterable[Job]) -> tuple[bool | tuple[str, ...] | None, ...] | None:
         """What models that run together have in common: pass and trained sites; None if this one is not tiny.
 
         Looks at no more jobs than are tiny, however many wait.
