@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
 from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.tinker import openapi
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
 from tx.tinker.routes import (
@@ -46,13 +47,14 @@ from tx.tinker.routes import (
     training,
     weights,
 )
-from tx.tinker.service import Service
+from tx.tinker.service import Service, service_of
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
 
 log = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
+ROUTERS = (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin)
 MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
@@ -89,10 +91,13 @@ def create_app(service_: Service) -> FastAPI:
         for chore in chores:
             chore.cancel()
 
-    app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="tx", version=__version__, lifespan=lifespan, generate_unique_id_function=lambda route: route.name
+    )
     app.state.service = service_
-    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin):
-        app.include_router(module.router, prefix=PREFIX)
+    for module in ROUTERS:
+        app.include_router(module.router, prefix=PREFIX, tags=[openapi.tag_of(module)])
+    openapi.publish(app, ROUTERS, PREFIX, service_of)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
