@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlmodel import select
 
 from tx import types
 from tx.tinker import db as tables
@@ -91,11 +92,17 @@ class StandInEngine:
                 model = session.get(Model, job.model_id)
             model.state = "ready"
             rows = [model]
-            answer = {"model_id": job.model_id}
+            answer = {"model_id": job.model_id, "type": job.kind}
+            if job.kind == "load_weights":
+                answer["path"] = body["path"]
         elif job.kind in ("save_weights", "save_weights_for_sampler") and body.get("path"):
             kind = "weights" if job.kind == "save_weights" else "sampler_weights"
+            with tables.reading(self.db) as session:
+                named = {"model_id": job.model_id, "kind": kind, "name": body["path"]}
+                replaced = session.exec(select(Checkpoint.id).filter_by(**named)).first()
             rows = [
                 Checkpoint(
+                    id=replaced,
                     model_id=job.model_id,
                     kind=kind,
                     name=body["path"],
@@ -106,11 +113,18 @@ class StandInEngine:
                     seq_id=job.seq_id,
                 )
             ]
-            answer = {"path": f"tinker://{job.model_id}/{kind}/{body['path']}"}
+            answer = {"path": f"tinker://{job.model_id}/{kind}/{body['path']}", "type": job.kind}
         elif job.kind == "save_weights_for_sampler":
-            answer = {"sampling_session_id": f"{job.session_id}:sample:{body['sampling_session_seq_id']}"}
+            answer = {"sampling_session_id": f"{job.session_id}:sample:{body['sampling_session_seq_id']}", "path": None}
+            answer["type"] = job.kind
+        elif job.kind == "load_weights":
+            answer = {"model_id": job.model_id, "path": body["path"], "type": job.kind}
+        elif job.kind == "unload_model":
+            answer = {"model_id": job.model_id, "type": job.kind}
+        elif job.kind == "optim_step":
+            answer = {"metrics": {"grad_norm:mean": 1.0}, "type": job.kind}
         else:
-            answer = {"metrics": {"grad_norm:mean": 1.0}}
+            answer = {"path": f"tinker://{job.model_id}/external_weights/{body['path']}", "type": job.kind}
         return Outcome(job.request_id, codec.encode_json(answer), rows=rows)
 
 

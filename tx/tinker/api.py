@@ -59,6 +59,8 @@ MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
 
+_NO_NUL = "text without NUL characters"
+
 _SWEEP_S = 300.0
 _LOOK_FOR_ABANDONED_S = 10.0
 
@@ -138,7 +140,7 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
 
 
 class _Gate:
-    """Around everything: the body limit, one answer for the unforeseen, one count and duration per request."""
+    """Around everything: what no address and no body may be, one answer for the unforeseen, one count per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -157,10 +159,11 @@ class _Gate:
             await send(message)
 
         try:
+            _check_address(scope)
             body = await _read_body(receive)
             await self._app(scope, _replay(body, receive), counted_send)
-        except TooLarge as error:
-            await _reply(413, str(error))(scope, receive, counted_send)
+        except InvalidInput as error:
+            await _reply(status_of(error), str(error))(scope, receive, counted_send)
         except Exception:
             name = uuid.uuid4().hex[:8]
             log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
@@ -170,6 +173,17 @@ class _Gate:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.count("tx_http_requests_total", route=route, status=str(status))
             self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+
+
+def _check_address(scope: Scope) -> None:
+    """Refuse NUL characters wherever a parameter can be: PostgreSQL can't even be asked for them."""
+    if "\0" in scope["path"]:
+        raise InvalidInput("path", scope["path"], _NO_NUL)
+    if b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        raise InvalidInput("query", scope["query_string"].decode("latin-1"), _NO_NUL)
+    for name, value in scope["headers"]:
+        if b"\0" in value:
+            raise InvalidInput(name.decode("latin-1"), value.decode("latin-1"), _NO_NUL)
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -6,6 +6,7 @@ meaning it could change, and ignored in those that only announce something.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -38,6 +39,16 @@ def _name(value: str) -> str:
         return check_name(value)
     except InvalidInput as error:
         raise ValueError(str(error).split("accepted: ")[-1]) from error
+
+
+def _check_json(value: Any) -> None:
+    """Raise ValueError for what databases and clients don't take for JSON: NaN, infinities, NUL characters."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("Numbers must be finite")
+    if isinstance(value, str):
+        _no_nul(value)
+    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_json(item)
 
 
 def _null_is_empty(value: Any) -> Any:
@@ -186,6 +197,11 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     type: Text
+
+    @model_validator(mode="after")
+    def _can_be_stored(self) -> OptimizerConfig:
+        _check_json(self.model_extra)
+        return self
 
 
 class CreateModel(_Strict):
