@@ -35,7 +35,7 @@ def main() -> int:
             for number, operation in enumerate(operations):
                 print(f"{lab.sent - hostile} … {operation.label}", file=sys.stderr, flush=True)
                 # What the operations before could not use, those that are left do.
-                due = (arguments.cases - (lab.sent - hostile)) / (len(operations) - number)
+                due = max(2, (arguments.cases - (lab.sent - hostile)) / (len(operations) - number))
                 lab.fuzz(operation, due)
             while operations and lab.sent - hostile < arguments.cases:
                 lab.seed += 1

@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+import httpx
 import hypothesis
 import requests
 import schemathesis
+from fastapi.testclient import TestClient
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
 from schemathesis.generation.case import Case
 from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi import checks
 
+from tests.support.openapi import Document
 from tests.tinker.conftest import BASE, Client, StandInEngine
 from tx.tinker.checkpoints import CheckpointCard
 from tx.tinker.config import TxConfig
@@ -89,6 +92,8 @@ class Lab:
         self.service = Service(config, open_database(database_url), hold_s=0.01)
         self.engine = StandInEngine(database_url)
         self.client = Client(self.service)
+        self.plain = TestClient(self.client.app)  # one that looks at no reply
+        self.document = Document(self.client.app.openapi())
         self.schema = schemathesis.openapi.from_dict(self.client.app.openapi())
         self.sent = 0
         self.statuses: Counter[tuple[str, int]] = Counter()
@@ -98,6 +103,7 @@ class Lab:
     def __enter__(self) -> Lab:
         self.engine.start()
         self.client.__enter__()
+        self.plain.portal = self.client.portal
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,9 +152,7 @@ class Lab:
         """Send one case and note what the checks say of the answer."""
         self.sent += 1
         prepared = requests.Request(**case.as_transport_kwargs(base_url="http://test")).prepare()
-        response = self.client.request(
-            prepared.method, prepared.url, content=prepared.body, headers=prepared.headers, follow_redirects=False
-        )
+        response = self._request(prepared.method, prepared.url, prepared.body, prepared.headers)
         self.statuses[case.operation.label, response.status_code] += 1
         try:
             case.validate_response(response, checks=CHECKS)
@@ -206,20 +210,30 @@ class Lab:
         with writing(self.service.db) as db:
             db.add(row)
 
-    def send_hostile(self, operation: Any) -> None:
-        """Each hostile value in each parameter and each field of the body."""
+    def send_hostile(self, operation: Any, every: int = 1) -> None:
+        """Each hostile value in each parameter and each field of the body, or one of ``every`` so many."""
         known = self.known()
-        for method, path, query, content, headers in self._hostile(operation, known):
+        for method, path, query, content, headers in itertools.islice(self._hostile(operation, known), 0, None, every):
             self.sent += 1
             address = f"http://test{path}" + (f"?{query}" if query else "")
-            reply = self.client.request(method, address, content=content, headers=headers, follow_redirects=False)
+            reply = self._request(method, address, content, headers)
             self.statuses[operation.label, reply.status_code] += 1
-            declared = operation.definition.raw["responses"]
-            if reply.status_code >= 500 or str(reply.status_code) not in declared:
-                if reply.status_code in (404, 405) and "is not served here" in reply.text:
-                    continue  # a parameter that made another path of it
+            wrong = "a server error" if reply.status_code >= 500 else self._undeclared(reply)
+            if wrong:
                 shown = f"{method} {path[:200]}?{query[:200]} {(content or b'')[:300]!r} {headers}: {reply.text[:500]}"
-                self.failures.setdefault((operation.label, f"{reply.status_code}"), shown)
+                self.failures.setdefault((operation.label, wrong), shown)
+
+    def _undeclared(self, reply: httpx.Response) -> str | None:
+        if reply.status_code in (404, 405) and "is not served here" in reply.text:
+            return None  # a parameter that made another address of it
+        try:
+            self.document.check(reply)
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def _request(self, method: str, address: str, content: bytes | None, headers: Any) -> httpx.Response:
+        return self.plain.request(method, address, content=content, headers=headers, follow_redirects=False)
 
     def _hostile(self, operation: Any, known: dict[str, Any]) -> Iterator[tuple[str, str, str, bytes | None, dict]]:
         method = operation.method.upper()
@@ -262,6 +276,10 @@ class Lab:
         schema = schemas[body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
         options = [schemas[one["$ref"].rpartition("/")[2]] for one in schema.get("anyOf", [])] or [schema]
         return list(dict.fromkeys(name for option in options for name in option.get("properties", ())))
+
+    def share_of_successes(self) -> float:
+        """Of all answers, those of 200 and 302."""
+        return sum(count for (_, status), count in self.statuses.items() if status in (200, 302)) / self.sent
 
     def report(self) -> str:
         """What was sent and answered, and each failure."""

@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import select
 
+from tests.support.openapi import Document
 from tx import types
 from tx.tinker import db as tables
 from tx.tinker.api import create_app
@@ -128,13 +129,28 @@ class StandInEngine:
         return Outcome(job.request_id, codec.encode_json(answer), rows=rows)
 
 
+_document: Document | None = None  # the same for every service
+
+
 class Client(TestClient):
-    """HTTP client with the protocol's everyday sequences."""
+    """HTTP client with the protocol's everyday sequences. Every reply has to be one that the document declares."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(create_app(service), base_url="http://test/api/v1/")
         self.service = service
         self._seq = itertools.count(1)
+
+    def request(self, *args, **kwargs):
+        reply = super().request(*args, **kwargs)
+        for one in (*reply.history, reply):
+            self._document().check(one)
+        return reply
+
+    def _document(self) -> Document:
+        global _document
+        if _document is None:
+            _document = Document(self.app.openapi())
+        return _document
 
     def ask(self, route: str, /, status: int = 200, **body) -> dict:
         reply = self.post(route, json=body)
