@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ class Lab:
             case.validate_response(response, checks=CHECKS)
         except FailureGroup as group:
             for failure in group.exceptions:
-                self.failures.setdefault((case.operation.label, failure.title), str(group)[:2000])
+                self._note(case.operation.label, failure.title, str(group)[:2000])
 
     def _fill_in(self, case: Case, known: dict[str, Any]) -> None:
         """In two of three cases, ids of what exists in place of those that the schema's types gave."""
@@ -221,7 +222,12 @@ class Lab:
             wrong = "a server error" if reply.status_code >= 500 else self._undeclared(reply)
             if wrong:
                 shown = f"{method} {path[:200]}?{query[:200]} {(content or b'')[:300]!r} {headers}: {reply.text[:500]}"
-                self.failures.setdefault((operation.label, wrong), shown)
+                self._note(operation.label, wrong, shown)
+
+    def _note(self, label: str, complaint: str, shown: str) -> None:
+        if (label, complaint) not in self.failures:
+            self.failures[label, complaint] = shown
+            print(f"{label}: {complaint}", file=sys.stderr, flush=True)  # a run takes minutes
 
     def _undeclared(self, reply: httpx.Response) -> str | None:
         if reply.status_code in (404, 405) and "is not served here" in reply.text:

@@ -101,6 +101,7 @@ def test_a_reply_that_is_not_the_declared_one_is_found(client, content):
         checked.check(reply)
 
 
+@pytest.mark.timeout(600)
 def test_schemathesis_finds_nothing(tmp_path, caplog):
     """A few cases of each operation, the same in every run; ``python -m tests.openapi`` sends thousands."""
     caplog.set_level(logging.CRITICAL)

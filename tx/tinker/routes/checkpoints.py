@@ -33,8 +33,13 @@ def list_checkpoints(api: Api, kinds: ListedKinds, limit: Limit = 20, offset: Of
     )
 
 
-@router.get("/training_runs/{model_id}/checkpoints", response_model_exclude_none=True)
-@router.get("/models/{model_id}/checkpoints", response_model_exclude_none=True, name="list_checkpoints_of_model")
+@router.get("/training_runs/{model_id}/checkpoints", response_model_exclude_none=True, responses=refuses(404))
+@router.get(
+    "/models/{model_id}/checkpoints",
+    response_model_exclude_none=True,
+    responses=refuses(404),
+    name="list_checkpoints_of_model",
+)
 def list_checkpoints_of(api: Api, kinds: ListedKinds, model_id: ModelId) -> responses.Checkpoints:
     """Of one model, oldest first, all of them. Only SDKs up to 0.3 say model for training run."""
     rows = api.checkpoints.of_model(model_id, kinds)
