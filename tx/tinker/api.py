@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
 from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.tinker import openapi
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
 from tx.tinker.routes import (
@@ -46,16 +47,19 @@ from tx.tinker.routes import (
     training,
     weights,
 )
-from tx.tinker.service import Service
+from tx.tinker.service import Service, service_of
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
 
 log = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
+ROUTERS = (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin)
 MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
+
+_NO_NUL = "text without NUL characters"
 
 _SWEEP_S = 300.0
 _LOOK_FOR_ABANDONED_S = 10.0
@@ -89,10 +93,13 @@ def create_app(service_: Service) -> FastAPI:
         for chore in chores:
             chore.cancel()
 
-    app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="tx", version=__version__, lifespan=lifespan, generate_unique_id_function=lambda route: route.name
+    )
     app.state.service = service_
-    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin):
-        app.include_router(module.router, prefix=PREFIX)
+    for module in ROUTERS:
+        app.include_router(module.router, prefix=PREFIX, tags=[openapi.tag_of(module)])
+    openapi.publish(app, ROUTERS, PREFIX, service_of)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -133,7 +140,7 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
 
 
 class _Gate:
-    """Around everything: the body limit, one answer for the unforeseen, one count and duration per request."""
+    """Around everything: what no address and no body may be, one answer for the unforeseen, one count per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -152,10 +159,11 @@ class _Gate:
             await send(message)
 
         try:
+            _check_address(scope)
             body = await _read_body(receive)
             await self._app(scope, _replay(body, receive), counted_send)
-        except TooLarge as error:
-            await _reply(413, str(error))(scope, receive, counted_send)
+        except InvalidInput as error:
+            await _reply(status_of(error), str(error))(scope, receive, counted_send)
         except Exception:
             name = uuid.uuid4().hex[:8]
             log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
@@ -165,6 +173,17 @@ class _Gate:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.count("tx_http_requests_total", route=route, status=str(status))
             self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+
+
+def _check_address(scope: Scope) -> None:
+    """Refuse NUL characters wherever a parameter can be: PostgreSQL can't even be asked for them."""
+    if "\0" in scope["path"]:
+        raise InvalidInput("path", scope["path"], _NO_NUL)
+    if b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        raise InvalidInput("query", scope["query_string"].decode("latin-1"), _NO_NUL)
+    for name, value in scope["headers"]:
+        if b"\0" in value:
+            raise InvalidInput(name.decode("latin-1"), value.decode("latin-1"), _NO_NUL)
 
 
 async def _read_body(receive: Receive) -> bytes:

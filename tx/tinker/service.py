@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BaseModel
 from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
@@ -28,6 +28,7 @@ from tx.tinker.futures import Appender, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.openapi import describes_body
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.signing import UrlSigner
 from tx.tinker.wire import responses
@@ -39,6 +40,9 @@ ALIVE_S = 15.0
 """An engine writes its heartbeat every second; one that was silent for longer is not counted on."""
 
 _COUNT_EVERY_S = 1.0
+
+HOLD_S = 25.0
+"""Clients cut a silent poll at 45 s and ask again at once after a 408 (protocol §2.5)."""
 
 KEEP_RESULTS_S = 24 * 3600.0
 KEEP_RECORDINGS_S = 24 * 3600.0
@@ -66,6 +70,7 @@ class Service:
 
     Args:
         clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
+        hold_s: how long a poll is held while there is nothing to answer.
     """
 
     def __init__(
@@ -75,12 +80,14 @@ class Service:
         engine_process: EngineProcess | None = None,
         *,
         clock: Callable[[], float] = now,
+        hold_s: float = HOLD_S,
     ) -> None:
         self.config = config
         self.db = db
         self.engine_process = engine_process
         self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
         self.clock = clock
+        self.hold_s = hold_s
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
         self._count_lock = threading.Lock()
@@ -215,21 +222,34 @@ class Service:
             log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
+    """Dependency: the service that the application serves."""
     service: Service = request.app.state.service
     return service
 
 
-Api = Annotated[Service, Depends(_service)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Offset = Annotated[int, Query(ge=0, le=2**31)]
-AccessScope = Literal["owned", "accessible"]
-"""Of a listing: what the caller owns, or may see. One user owns all that a server has, so both are the same."""
+Api = Annotated[Service, Depends(service_of)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries in the reply.")]
+Offset = Annotated[int, Query(ge=0, le=2**31, description="Entries to skip.")]
+AccessScope = Annotated[
+    Literal["owned", "accessible"],
+    Query(description="What the caller owns, or may see: the same here, since one user owns all."),
+]
+SessionId = Annotated[str, Path(description="As `create_session` gave it.")]
+ModelId = Annotated[str, Path(description="`<session_id>:train:<model_seq_id>`; a model is a training run.")]
+SamplerId = Annotated[str, Path(description="`<session_id>:sample:<sampling_session_seq_id>`.")]
+CheckpointId = Annotated[str, Path(description="`<weights|sampler_weights|external_weights>/<name>`, slash and all.")]
+CheckpointKind = Annotated[str, Path(description="`weights`, `sampler_weights` or `external_weights`.")]
+CheckpointName = Annotated[str, Path(description="What the checkpoint was saved as.")]
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=300, description="The same for each retry of a request: it is carried out once.")
+]
 
 
 def body[Body: BaseModel](model: type[Body]) -> Any:
     """Dependency: the JSON body as ``model``, whatever the content type says."""
 
+    @describes_body(model)
     async def read(request: Request) -> Body:
         return parse(model, await request.body())
 

@@ -12,11 +12,14 @@ from sqlmodel import col, select
 from tx.errors import InvalidInput
 from tx.tinker import telemetry, traces, usage
 from tx.tinker.db import AuditEntry, now, reading
-from tx.tinker.service import Api, Limit, Service
+from tx.tinker.openapi import refuses
+from tx.tinker.service import Api, Limit, Service, SessionId
 from tx.tinker.wire import admin
 from tx.tinker.wire.responses import timestamp
 
 router = APIRouter()
+
+Hour = Annotated[str, Query(description="A full hour, RFC 3339: 2026-07-13T00:00:00Z. Without a zone it is UTC.")]
 
 MAX_USAGE_WINDOW = timedelta(days=14)
 MAX_AUDIT_ENTRIES = 10_000
@@ -24,11 +27,10 @@ MAX_AUDIT_ENTRIES = 10_000
 
 
 @router.get("/billing/usage/events", response_model_exclude_none=True)
-def usage_events(api: Api, starting_on: str, ending_before: str) -> admin.Usage:
+def usage_events(api: Api, starting_on: Hour, ending_before: Hour) -> admin.Usage:
     """Usage by UTC hour and session; the hour that runs counts as far as it has gone.
 
-    Raises:
-        InvalidInput: the window is not made of full UTC hours, longer than 14 days, or begins in the future.
+    Refused: a window that is not made of full UTC hours, is longer than 14 days, or begins in the future.
     """
     opens, closes = _full_hour("starting_on", starting_on), _full_hour("ending_before", ending_before)
     if opens > datetime.now(UTC):
@@ -56,7 +58,7 @@ def current_checkpoint_storage(
 def audit_log(
     api: Api,
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
-    day: str | None = None,
+    day: Annotated[str | None, Query(description="YYYY-MM-DD, in UTC; today if it is not given.")] = None,
 ) -> admin.AuditLog:
     """The changes of one UTC day (default: today), sorted by time."""
     opens = datetime.combine(_day(day), time(), UTC).timestamp()
@@ -87,15 +89,15 @@ def read_telemetry(
     )
 
 
-@router.get("/sessions/{session_id}/trace_export")
-def export_trace(api: Api, http: Request, session_id: str) -> admin.TraceExport:
+@router.get("/sessions/{session_id}/trace_export", responses=refuses(404))
+def export_trace(api: Api, http: Request, session_id: SessionId) -> admin.TraceExport:
     """Where the trace is: on this server, under the address by which the client reached it."""
     api.sessions.get(session_id)
     return admin.TraceExport(url=str(http.url_for("download_trace", session_id=session_id)))
 
 
-@router.get("/sessions/{session_id}/trace")
-def download_trace(api: Api, session_id: str) -> StreamingResponse:
+@router.get("/sessions/{session_id}/trace", response_model=admin.Trace, responses=refuses(404))
+def download_trace(api: Api, session_id: SessionId) -> StreamingResponse:
     """The session's jobs in Chrome's trace format; not the protocol's path, clients learn it from trace_export."""
     api.sessions.get(session_id)
     return StreamingResponse(traces.chrome_trace(api.db, session_id), media_type="application/json")
