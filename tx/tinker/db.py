@@ -28,6 +28,9 @@ _MIGRATION_LOCK = 0x7478_0001
 
 _BUSY_TIMEOUT_S = 30.0
 
+MAX_CONNECTIONS = 64
+"""Of one process, in its pool."""
+
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What is raised while the database can't be reached or can't be written: nobody's request is to blame."""
 
@@ -244,16 +247,15 @@ def now() -> float:
     return time.time()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, max_connections: int = MAX_CONNECTIONS) -> Database:
     """Connect, create or migrate the tables to the newest revision, and hand back the pool of connections."""
+    pool = {"pool_size": max_connections // 4, "max_overflow": max_connections - max_connections // 4}
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            db = _open_sqlite(url)
+            db = _open_sqlite(url, pool)
         elif parsed.get_backend_name() == "postgresql":
-            db = create_engine(
-                parsed.set(drivername="postgresql+psycopg"), pool_size=16, max_overflow=48, pool_pre_ping=True
-            )
+            db = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool)
         else:
             raise StartupError(f"--database-url: {parsed.drivername} is neither sqlite nor postgresql.")
         with _migration_lock(db) as connection:
@@ -283,14 +285,12 @@ def writing(db: Database) -> Iterator[DbSession]:
         session.commit()
 
 
-def _open_sqlite(url: str) -> Database:
+def _open_sqlite(url: str, pool: dict[str, int]) -> Database:
     database = make_url(url).database
     if not database or database == ":memory:":
         raise StartupError("--database-url: an in-memory SQLite can't be shared by two processes; name a file.")
     Path(database).parent.mkdir(parents=True, exist_ok=True)
-    db = create_engine(
-        url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}, pool_size=16, max_overflow=48
-    )
+    db = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}, **pool)
 
     @event.listens_for(db, "connect")
     def set_up(connection: sqlite3.Connection, _record: object) -> None:

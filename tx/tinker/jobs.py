@@ -305,13 +305,15 @@ class JobTable:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
 
         A model is rebuilt from a training checkpoint with optimizer state or from a recovery point, so payloads up to
-        the newest checkpoint's seq are free to go, and up to that of a point which has a newer one behind it; without
-        either, all its payloads are needed.
+        the seq of the newest checkpoint that doesn't expire are free to go, and up to that of a point which has a newer
+        one behind it; without either, all its payloads are needed. A load that may be replayed keeps its result, which
+        tells whether its path still has the same weights.
         """
         finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
         newest = (
             select(func.max(Checkpoint.seq_id))
             .where(Checkpoint.model_id == Job.model_id, Checkpoint.kind == "weights", col(Checkpoint.has_optimizer))
+            .where(col(Checkpoint.expires_at).is_(None))
             .correlate(Job)
             .scalar_subquery()
         )
@@ -335,7 +337,10 @@ class JobTable:
             col(Job.seq_id) <= superseded,
         )
         with writing(self._db) as session:
-            results = _rows(session, update(Job).where(*finished, col(Job.result).is_not(None)).values(result=None))
+            stale = or_(Job.kind != "load_weights", needless)
+            results = _rows(
+                session, update(Job).where(*finished, col(Job.result).is_not(None), stale).values(result=None)
+            )
             payloads = _rows(
                 session, update(Job).where(*finished, col(Job.payload).is_not(None), needless).values(payload=None)
             )

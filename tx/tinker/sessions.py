@@ -150,15 +150,19 @@ class Sessions:
 
     def create_sampler(self, sampler: Sampler) -> Sampler:
         """Store a sampler; a retry (same session and number, same weights) gets the first one."""
-        with writing(self._db) as db:
-            session = db.get(Session, sampler.session_id)
-            if session is None:
-                raise NotFound("session_id", sampler.session_id, "a session of this server")
-            _open(session)
-            first = db.get(Sampler, sampler.sampler_id)
-            if first is None:
-                db.add(sampler)
-                return sampler
+        try:
+            with writing(self._db) as db:
+                session = db.get(Session, sampler.session_id)
+                if session is None:
+                    raise NotFound("session_id", sampler.session_id, "a session of this server")
+                _open(session)
+                first = db.get(Sampler, sampler.sampler_id)
+                if first is None:
+                    db.add(sampler.model_copy())
+        except IntegrityError:  # another API process was faster with the same number
+            first = self.sampler(sampler.sampler_id)
+        if first is None:
+            return sampler
         same = (first.model_path, first.base_model, first.kind) == (
             sampler.model_path,
             sampler.base_model,
