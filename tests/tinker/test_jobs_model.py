@@ -404,7 +404,7 @@ class JobTableMachine(RuleBasedStateMachine):
                     expires_at=now() + 3600 if expires else None,
                     seq_id=applied,
                     has_optimizer=whole,
-                )  # fmt: skip
+                )
             )
 
     def _take_point(self, owner: str, applied: int) -> None:

@@ -71,9 +71,7 @@ class TxConfig(BaseModel):
     served_model_name: tuple[str, ...] = _flag((), "more names under which the base model is listed and accepted")
     host: str = _flag("127.0.0.1", "address the API listens on")
     port: int = _flag(8000, "port the API listens on (0: any free one)", ge=0, le=65535)
-    api_workers: int = _flag(
-        1, "API processes that share the port; with one, the API watches its engine itself", ge=1, le=64
-    )
+    api_workers: int = _flag(1, "API processes that share the port", ge=1, le=64)
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
     checkpoints_base: Base | None = _flag(

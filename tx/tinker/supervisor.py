@@ -1,8 +1,8 @@
 """Start a process, watch it, start it again when it dies, stop it in time. It never looks inside.
 
 The child holds the read end of a pipe whose write end only this process has: when this process dies, however it dies,
-the child reads end-of-file and exits, so there are no orphans. What it is to know meanwhile comes through the same pipe,
-a line each. Through a second pipe the child says that it is ready.
+the child reads end-of-file and exits, so there are no orphans. What it is to know meanwhile comes through the same
+pipe, a line each. Through a second pipe the child says that it is ready.
 
 An engine that dies again and again before it is of use is a failure that ``/healthz`` tells of. It is still started
 again, once a minute: whatever keeps it down (a full disk, a database that is away) may go.
@@ -172,8 +172,8 @@ class Supervisor:
             deaths += 1
             if deaths >= MAX_DEATHS:
                 self.failure = (
-                    f"The {self._name} died {deaths} times in a row, the last time with exit code {code}; its log says why. "
-                    f"It is started again every {_MAX_BACKOFF_S:.0f} s."
+                    f"The {self._name} died {deaths} times in a row, the last time with exit code {code}; its log says "
+                    f"why. It is started again every {_MAX_BACKOFF_S:.0f} s."
                 )
                 backoff_s = max(backoff_s, _MAX_BACKOFF_S)
             self._on_change()
