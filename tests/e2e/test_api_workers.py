@@ -148,7 +148,7 @@ def test_clients_go_on_when_workers_die(server):
         calm = client.create_lora_training_client(BASE_MODEL, rank=4, seed=5).result()
         expected = list(losses(calm, range(6)))
         training = client.create_lora_training_client(BASE_MODEL, rank=4, seed=5).result()
-        sampler = training.save_weights_and_get_sampling_client()
+        sampler = training.save_weights_and_get_sampling_client().result()
         params = types.SamplingParams(max_tokens=20, seed=3)
         prompt = types.ModelInput.from_ints([1, 2, 3])
         stream = losses(training, itertools.repeat(0, 6))

@@ -450,7 +450,7 @@ class JobTableMachine(RuleBasedStateMachine):
         return start, [(job.request_id, job.payload) for job in replay.jobs]
 
 
-@pytest.mark.parametrize(("kind", "examples", "steps"), [("sqlite", 60, 40), ("postgresql", 10, 40)])
+@pytest.mark.parametrize(("kind", "examples", "steps"), [("sqlite", 30, 40), ("postgresql", 8, 40)])
 def test_the_job_table_is_its_model(request, kind, examples, steps):
     db = open_database(request.getfixturevalue("sqlite_url" if kind == "sqlite" else "postgres_url"))
     with writing(db) as session:
