@@ -78,6 +78,12 @@ STATUS: dict[type[Exception], int] = {
 
 _LATER = {"Retry-After": "1"}
 
+_KEEP_ALIVE_S = 30
+"""Longer than a client's heartbeats are apart: each would find its connection closed, or closing."""
+
+_SWITCH_S = 0.0005
+"""How long a thread that computes may keep the interpreter from the event loop; Python's own 5 ms add up."""
+
 
 def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
     """The application around one service; closing the service is the caller's.
@@ -144,12 +150,16 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
     return JSONResponse({"detail": detail or "No details."}, status_code=status, headers=headers)
 
 
+_IN_TURNS = {f"{PREFIX}/{name}" for name in ("asample", "forward_backward", "forward", "optim_step", "retrieve_future")}
+"""Routes whose requests come by the thousand at once."""
+
+
 class _Gate:
-    """Around everything: the body limit, one answer for the unforeseen, one count and duration per request."""
+    """Around everything: the body limit, turns, one answer for the unforeseen, one count and duration per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._metrics = service.metrics
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -165,7 +175,8 @@ class _Gate:
 
         try:
             body = await _read_body(receive)
-            await self._app(scope, _replay(body, receive), counted_send)
+            async with self._service.turns if scope["path"] in _IN_TURNS else contextlib.nullcontext():
+                await self._app(scope, _replay(body, receive), counted_send)
         except TooLarge as error:
             await _reply(413, str(error))(scope, receive, counted_send)
         except Exception:
@@ -175,8 +186,8 @@ class _Gate:
                 await _reply(500, f"Internal error {name}; the server's log has more.")(scope, receive, counted_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.count("tx_http_requests_total", route=route, status=str(status))
-            self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+            self._service.metrics.count("tx_http_requests_total", route=route, status=str(status))
+            self._service.metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
 
 
 async def _read_body(receive: Receive) -> bytes:
@@ -318,6 +329,7 @@ def _uvicorn_config(config: TxConfig, app: FastAPI) -> uvicorn.Config:
         access_log=False,
         log_level="info" if config.log_level == "debug" else "warning",  # what uvicorn has to tell, we tell
         timeout_graceful_shutdown=1,
+        timeout_keep_alive=_KEEP_ALIVE_S,
     )
 
 
@@ -343,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv, prog="python -m tx.tinker.api")
     set_up("api", config.log_level)
     _raise_file_limit()
+    sys.setswitchinterval(_SWITCH_S)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:

@@ -226,6 +226,17 @@ class JobTable:
                 found.update(session.connection().execute(_FINISHED, {"ids": chunk}).scalars())
         return found
 
+    def answer(self, request_id: int) -> Any:
+        """What a client is told of a job: a row with the columns ``ANSWERED``; None if there is no such job."""
+        with self._db.connect() as connection:
+            return connection.execute(_ANSWER, {"id": request_id}).first()
+
+    def is_over(self, request_id: int) -> bool:
+        """Whether nobody need wait for this one: it is done, failed, or was never there. Cheap as ``finished_ids``."""
+        with self._db.connect() as connection:
+            status = connection.execute(_STATUS, {"id": request_id}).scalar()
+        return status not in _UNFINISHED
+
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
         """Those of these jobs that are done or failed, with their results."""
         found: dict[int, Job] = {}
@@ -374,6 +385,14 @@ _CLAIM = update(_JOB.request_id.table).where(_IDS)
 _CLAIM = _CLAIM.values(status="running", claimed_at=bindparam("time")).returning(_JOB.request_id.table)
 
 _FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done", "failed")))
+
+ANSWERED = (
+    "request_id", "kind", "base_model", "status", "result", "result_type", "error", "category", "started_at",
+)  # fmt: skip
+
+_ANSWER = select_columns(*(_JOB[name] for name in ANSWERED)).where(_JOB.request_id == bindparam("id"))
+
+_STATUS = select_columns(_JOB.status).where(_JOB.request_id == bindparam("id"))
 
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
 

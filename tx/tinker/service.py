@@ -6,11 +6,13 @@ dependencies go.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Query, Request
@@ -23,8 +25,8 @@ from tx.errors import StorageError
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
-from tx.tinker.futures import Appender, Watcher
+from tx.tinker.db import Checkpoint, Engine, RecordedSequence, now, reading, writing
+from tx.tinker.futures import Appender, Heartbeats, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
@@ -39,6 +41,10 @@ ALIVE_S = 15.0
 """An engine writes its heartbeat every second; one that was silent for longer is not counted on."""
 
 _COUNT_EVERY_S = 1.0
+
+_TURNS = 16
+"""Requests that are worked on at the same time, of those that come by the thousand. More would only delay heartbeats,
+and whatever else is on the event loop: one process has one core."""
 
 KEEP_RESULTS_S = 24 * 3600.0
 KEEP_RECORDINGS_S = 24 * 3600.0
@@ -79,7 +85,7 @@ class Service:
         self.config = config
         self.db = db
         self.engine_process = engine_process
-        self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
+        self._signals = [ChangeSignal(config.resolved_database_url, hears) for hears in ((), ("finished",))]
         self.clock = clock
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
@@ -90,13 +96,25 @@ class Service:
         self.folders = CheckpointFolders(config.checkpoints_folder)
         self.signer = UrlSigner(db)
         self.appender = Appender(self.jobs)
+        self.heartbeats = Heartbeats(self.sessions)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
+        self.turns = asyncio.Semaphore(_TURNS)
+
+    @contextlib.asynccontextmanager
+    async def out_of_turn(self) -> AsyncIterator[None]:
+        """For a request that has its turn and nothing to do now: let others have it meanwhile."""
+        self.turns.release()
+        try:
+            yield
+        finally:
+            await self.turns.acquire()
 
     def close(self) -> None:
         """Stop the threads and let go of the database."""
         self.watcher.close()
         self.appender.close()
+        self.heartbeats.close()
         for signal in self._signals:
             signal.close()
         self.db.dispose()
@@ -151,8 +169,8 @@ class Service:
             {"status": status, "engine": row.state, "base_model": name, "detail": row.detail or None}
         )
 
-    def queue_state(self, job: Job) -> tuple[responses.QueueState, str | None]:
-        """Whether a job that is not finished can go on, and if not, why."""
+    def queue_state(self, job: Any) -> tuple[responses.QueueState, str | None]:
+        """Whether a job (``JobTable.answer``) that is not finished can go on, and if not, why."""
         engine = self.engine(job.base_model)
         if engine is None:
             return "paused_capacity", f"The engine of {job.base_model} has not started yet."
@@ -215,7 +233,8 @@ class Service:
             log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
+    # Not a plain function: FastAPI would send each request through the thread pool for it.
     service: Service = request.app.state.service
     return service
 
