@@ -5,8 +5,9 @@ usage: python benchmarks/load_bench.py --start stub [--clients 200 --samples 100
 
 ``--start stub`` starts an API and ``stub_engine.py`` (the engine without compute); a path starts the real engine on
 that model. Each client opens a session, sends its share of the samples, then keeps as many futures waiting as its
-share of ``--waiting``, until all are answered; it sends a heartbeat every ``--heartbeat-s``, as the SDK does. Trainers
-do forward_backward and optim_step in turn meanwhile. 408, 429, 5xx and broken connections are tried again, as the SDK
+share of ``--waiting``, until all are answered; a process of its own sends each client's heartbeat every
+``--heartbeat-s``, as the SDK does, and measures. Trainers do forward_backward and optim_step in turn meanwhile.
+``--backlog`` samples of a client that asks for no answers are in the queue before. 408, 429, 5xx and broken connections are tried again, as the SDK
 does; anything else is an error. Prints one JSON line: every answer is checked to be its own request's.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -29,6 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tx.tinker.db import Session, now, open_database
+from tx.tinker.jobs import JobTable, NewJob
+from tx.tinker.sessions import Sessions
 from tx.tinker.wire import tinker_pb2 as pb
 
 STUB_MODEL = "stub/model"
@@ -131,7 +136,7 @@ class Client:
             started = time.perf_counter()
             await self.json("session_heartbeat", session_id=self.session_id)
             self.tally.heartbeats_s.append(time.perf_counter() - started)
-            await asyncio.sleep(self.flags.heartbeat_s)
+            await asyncio.sleep(max(0.0, started + self.flags.heartbeat_s - time.perf_counter()))
 
     async def open(self) -> None:
         self.session_id = (await self.json("create_session", tags=[]))["session_id"]
@@ -202,6 +207,37 @@ class Client:
             self.tally.steps += 1
 
 
+def _beat(flags: argparse.Namespace, session_ids: list[str], parent: Any) -> None:
+    """The clients' heartbeats, until the parent says so; then what each took, in seconds."""
+
+    async def beat() -> Tally:
+        tally = Tally()
+        tasks = []
+        for number, session_id in enumerate(session_ids):
+            client = Client(flags, number, tally)
+            client.session_id = session_id
+            tasks.append(asyncio.create_task(client.heartbeats()))
+        await asyncio.to_thread(parent.recv)
+        for task in tasks:
+            task.cancel()
+        return tally
+
+    parent.send(asyncio.run(beat()))
+
+
+def _fill(flags: argparse.Namespace) -> None:
+    """Put the backlog into the queue, past HTTP."""
+    url = flags.database_url or f"sqlite:///{Path(flags.data_dir) / 'tx.db'}"
+    db = open_database(url)
+    session_id = Sessions(db).create(Session(session_id="", created_at=now(), heartbeat_at=now() + 86400.0))
+    body = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1, "seed": 1}}
+    body |= {"sampling_session_id": f"{session_id}:sample:0", "seq_id": 0, "num_samples": 1}
+    job = NewJob("sample", flags.model, json.dumps(body).encode(), session_id, num_sequences=1, tokens_in=1)
+    for start in range(0, flags.backlog, 500):
+        JobTable(db).append([job] * min(500, flags.backlog - start))
+    db.dispose()
+
+
 class Processes:
     """The server under load and what it uses, read from /proc once a second."""
 
@@ -211,7 +247,7 @@ class Processes:
         common = ["--data-dir", flags.data_dir, "--log-level", "warning", "--base-model", flags.model]
         if flags.database_url:
             common += ["--database-url", flags.database_url]
-        api = ["--port", str(flags.port), "--max-queued-samples", str(2 * flags.samples + 1)]
+        api = ["--port", str(flags.port), "--max-queued-samples", str(2 * flags.samples + flags.backlog + 1)]
         api += ["--api-workers", str(flags.api_workers)]
         api += ["--external-engine"] if flags.start == "stub" else []
         commands = [[sys.executable, "-m", "tx.tinker.api", *common, *api]]
@@ -279,8 +315,12 @@ async def load(flags: argparse.Namespace, processes: Processes) -> dict[str, Any
     clients = [Client(flags, number, tally) for number in range(flags.clients)]
     trainers = [Client(flags, flags.clients + number, tally) for number in range(flags.trainers)]
     await asyncio.gather(*(client.open() for client in (*clients, *trainers)))
-    background = [asyncio.create_task(client.heartbeats()) for client in clients]
-    background.append(asyncio.create_task(processes.watch()))
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    beating = multiprocessing.get_context("spawn").Process(
+        target=_beat, args=(flags, [client.session_id for client in clients], theirs)
+    )
+    beating.start()
+    watching = asyncio.create_task(processes.watch())
     training = [asyncio.create_task(client.train(stop)) for client in trainers]
     share, parallel = flags.samples // flags.clients, max(1, flags.waiting // flags.clients)
     began = time.perf_counter()
@@ -290,16 +330,19 @@ async def load(flags: argparse.Namespace, processes: Processes) -> dict[str, Any
     collected_s = time.perf_counter() - began
     stop.set()
     await asyncio.gather(*training)
-    for task in background:
-        task.cancel()
-        if task.done():
-            task.result()
+    watching.cancel()
+    ours.send("stop")
+    beats_tally = await asyncio.to_thread(ours.recv)
+    beating.join()
+    tally.statuses.update(beats_tally.statuses)
+    tally.errors += beats_tally.errors
     processes.samples.append(processes.read())
-    beats = sorted(tally.heartbeats_s) or [float("nan")]
+    beats = sorted(beats_tally.heartbeats_s) or [float("nan")]
     wanted = {request_id for ids in sent for _, request_id in ids}
     return {
         "clients": flags.clients,
         "samples": len(wanted),
+        "backlog": flags.backlog,
         "unanswered": len(wanted - set(tally.answered)),
         "answered_twice": sum(count > 1 for count in tally.answered.values()),
         "errors": tally.errors[:5],
@@ -328,6 +371,7 @@ def _flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", default="stub", help="stub, or the folder of a model for the real engine")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--samples", type=int, default=100_000, help="of all clients together")
+    parser.add_argument("--backlog", type=int, default=0, help="samples that are queued before the clients come")
     parser.add_argument("--waiting", type=int, default=2000, help="futures that wait at once, of all clients together")
     parser.add_argument("--sending", type=int, default=2, help="samples that one client sends at once")
     parser.add_argument("--trainers", type=int, default=8)
@@ -354,6 +398,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     flags = _flags(argv)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    _fill(flags)
     processes = Processes(flags)
     try:
         figures = asyncio.run(load(flags, processes))
