@@ -7,8 +7,9 @@ usage: python benchmarks/load_bench.py --start stub [--clients 200 --samples 100
 that model. Each client opens a session, sends its share of the samples, then keeps as many futures waiting as its
 share of ``--waiting``, until all are answered; a process of its own sends each client's heartbeat every
 ``--heartbeat-s``, as the SDK does, and measures. Trainers do forward_backward and optim_step in turn meanwhile.
-``--backlog`` samples of a client that asks for no answers are in the queue before. 408, 429, 5xx and broken connections are tried again, as the SDK
-does; anything else is an error. Prints one JSON line: every answer is checked to be its own request's.
+``--backlog`` samples of a client that asks for no answers are in the queue before. 408, 429, 5xx and broken connections
+are tried again, as the SDK does; anything else is an error. Prints one JSON line; with the
+stub every answer is checked to be its own request's.
 """
 
 from __future__ import annotations

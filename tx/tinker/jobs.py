@@ -347,14 +347,16 @@ class JobTable:
             col(Job.seq_id) <= newest,
             col(Job.seq_id) <= superseded,
         )
-        with writing(self._db) as session:
-            stale = or_(Job.kind != "load_weights", needless)
-            results = _rows(
-                session, update(Job).where(*finished, col(Job.result).is_not(None), stale).values(result=None)
-            )
-            payloads = _rows(
-                session, update(Job).where(*finished, col(Job.payload).is_not(None), needless).values(payload=None)
-            )
+        has_result = and_(col(Job.result).is_not(None), or_(Job.kind != "load_weights", needless))
+        has_payload = and_(col(Job.payload).is_not(None), needless)
+        with reading(self._db) as session:  # the whole table is looked at, so nobody may have to wait for it
+            ids = session.exec(select(Job.request_id).where(*finished, or_(has_result, has_payload))).all()
+        results = payloads = 0
+        for chunk in _chunks(cast(list[int], ids)):
+            these = col(Job.request_id).in_(chunk)
+            with writing(self._db) as session:  # asked again: what a recovery starts from may have gone meanwhile
+                results += _rows(session, update(Job).where(these, *finished, has_result).values(result=None))
+                payloads += _rows(session, update(Job).where(these, *finished, has_payload).values(payload=None))
         return results + payloads
 
     def _announce(self, *topics: Topic) -> None:
