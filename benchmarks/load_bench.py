@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -102,6 +103,13 @@ class Connection:
             self._streams[1].close()
             self._streams = None
 
+    async def closed(self) -> None:
+        if self._streams is not None:
+            writer = self._streams[1]
+            self.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
 
 class Client:
     """One program with the SDK: a session, a sampler, its heartbeats."""
@@ -118,6 +126,10 @@ class Client:
             return await connection.call(path, body, **options)
         finally:
             self._idle.append(connection)
+
+    async def close(self) -> None:
+        """Hang up."""
+        await asyncio.gather(*(connection.closed() for connection in self._idle))
 
     async def json(self, path: str, **body: Any) -> Any:
         return json.loads((await self.call(path, body))[1])
@@ -218,6 +230,7 @@ def _beat(flags: argparse.Namespace, session_ids: list[str], parent: Any) -> Non
             client = Client(flags, number, tally)
             client.session_id = session_id
             tasks.append(asyncio.create_task(client.heartbeats()))
+        parent.send("beating")
         await asyncio.to_thread(parent.recv)
         for task in tasks:
             task.cancel()
@@ -321,6 +334,7 @@ async def load(flags: argparse.Namespace, processes: Processes) -> dict[str, Any
         target=_beat, args=(flags, [client.session_id for client in clients], theirs)
     )
     beating.start()
+    await asyncio.to_thread(ours.recv)
     watching = asyncio.create_task(processes.watch())
     training = [asyncio.create_task(client.train(stop)) for client in trainers]
     share, parallel = flags.samples // flags.clients, max(1, flags.waiting // flags.clients)
@@ -335,6 +349,7 @@ async def load(flags: argparse.Namespace, processes: Processes) -> dict[str, Any
     ours.send("stop")
     beats_tally = await asyncio.to_thread(ours.recv)
     beating.join()
+    await asyncio.gather(*(client.close() for client in (*clients, *trainers)))
     tally.statuses.update(beats_tally.statuses)
     tally.errors += beats_tally.errors
     processes.samples.append(processes.read())

@@ -347,7 +347,7 @@ class JobTable:
             col(Job.seq_id) <= newest,
             col(Job.seq_id) <= superseded,
         )
-        has_result = and_(col(Job.result).is_not(None), or_(Job.kind != "load_weights", needless))
+        has_result = and_(col(Job.result).is_not(None), or_(col(Job.kind) != "load_weights", needless))
         has_payload = and_(col(Job.payload).is_not(None), needless)
         with reading(self._db) as session:  # the whole table is looked at, so nobody may have to wait for it
             ids = session.exec(select(Job.request_id).where(*finished, or_(has_result, has_payload))).all()
