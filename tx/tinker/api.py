@@ -1,7 +1,8 @@
 """The HTTP process: ``python -m tx.tinker.api --help``.
 
 It validates requests, appends them to the job table, hands out results, and starts and watches the engine process. It
-answers as soon as it listens, while the engine still loads: jobs wait in the table. It never loads JAX.
+answers as soon as it listens, while the engine still loads: jobs wait in the table. It never loads JAX. With
+``--api-workers`` it is only the parent of several that do this, and of the engine (``tx.tinker.api_workers``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -31,9 +32,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
 from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
-from tx.tinker import openapi
+from tx.tinker import api_workers, openapi
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
+from tx.tinker.metrics import Metrics
 from tx.tinker.routes import (
     admin,
     checkpoints,
@@ -79,15 +81,30 @@ STATUS: dict[type[Exception], int] = {
 
 _LATER = {"Retry-After": "1"}
 
+_KEEP_ALIVE_S = 30
+"""Longer than a client's heartbeats are apart: each would find its connection closed, or closing."""
 
-def create_app(service_: Service) -> FastAPI:
-    """The application around one service; closing the service is the caller's."""
+_SWITCH_S = 0.0005
+"""How long a thread that computes may keep the interpreter from the event loop; Python's own 5 ms add up."""
+
+
+def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
+    """The application around one service; closing the service is the caller's.
+
+    Args:
+        keeps_house: whether this process deletes what has expired; of several on one database one is enough, and more
+            do no harm.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chores = [
-            asyncio.create_task(_repeat(service_.sweep, _SWEEP_S)),
-            asyncio.create_task(_repeat(service_.cancel_abandoned, _LOOK_FOR_ABANDONED_S)),
+            asyncio.create_task(_repeat(chore, every_s))
+            for chore, every_s in (
+                (service_.sweep, _SWEEP_S),
+                (service_.cancel_abandoned, _LOOK_FOR_ABANDONED_S),
+            )
+            if keeps_house
         ]
         yield
         for chore in chores:
@@ -139,12 +156,16 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
     return JSONResponse({"detail": detail or "No details."}, status_code=status, headers=headers)
 
 
+_IN_TURNS = {f"{PREFIX}/{name}" for name in ("asample", "forward_backward", "forward", "optim_step", "retrieve_future")}
+"""Routes whose requests come by the thousand at once."""
+
+
 class _Gate:
-    """Around everything: what no address and no body may be, one answer for the unforeseen, one count per request."""
+    """Around everything: what no address and no body may be, turns, one answer for the unforeseen, one count each."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._metrics = service.metrics
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -161,7 +182,8 @@ class _Gate:
         try:
             _check_address(scope)
             body = await _read_body(receive)
-            await self._app(scope, _replay(body, receive), counted_send)
+            async with self._service.turns if scope["path"] in _IN_TURNS else contextlib.nullcontext():
+                await self._app(scope, _replay(body, receive), counted_send)
         except InvalidInput as error:
             await _reply(status_of(error), str(error))(scope, receive, counted_send)
         except Exception:
@@ -171,8 +193,8 @@ class _Gate:
                 await _reply(500, f"Internal error {name}; the server's log has more.")(scope, receive, counted_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.count("tx_http_requests_total", route=route, status=str(status))
-            self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+            self._service.metrics.count("tx_http_requests_total", route=route, status=str(status))
+            self._service.metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
 
 
 def _check_address(scope: Scope) -> None:
@@ -228,11 +250,23 @@ async def _repeat(chore: Callable[[], object], every_s: float) -> None:
 class _Server(uvicorn.Server):
     """Stops the long polls and the engine with the first signal instead of after the last connection."""
 
-    def __init__(self, config: uvicorn.Config, service_: Service, supervisor: Supervisor | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service_: Service,
+        supervisor: Supervisor | None,
+        on_listening: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self._service = service_
         self._supervisor = supervisor
+        self._on_listening = on_listening
         self.exit_code = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """From here on connections are accepted."""
+        await super().startup(sockets)
+        self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Runs in the signal handler: only flags and a signal to the engine."""
@@ -244,6 +278,10 @@ class _Server(uvicorn.Server):
     def on_engine_fatal(self, code: int) -> None:
         """The engine said why it can't start; so can't we."""
         self.exit_code = code
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop as a signal would; any thread may ask for it."""
         self._service.watcher.stop()
         self.should_exit = True
 
@@ -253,8 +291,15 @@ def run(config: TxConfig) -> int:
     if not config.external_engine:
         config.check_demo()
     listener = _listen(config)
-    db = open_database(config.resolved_database_url)
-    service_ = Service(config, db)
+    host, port = listener.getsockname()[:2]
+    if config.api_workers > 1:
+        open_database(config.resolved_database_url).dispose()  # migrated once, or said once why it can't be
+        log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+        try:
+            return api_workers.run(config, listener)
+        finally:
+            log.info("Stopped.")
+    service_ = Service(config, open_database(config.resolved_database_url))
     servers: list[_Server] = []
     supervisor = None
     if not config.external_engine:
@@ -264,11 +309,8 @@ def run(config: TxConfig) -> int:
             on_fatal=lambda code: servers[0].on_engine_fatal(code),
         )
         service_.engine_process = supervisor
-    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
-    options["log_level"] = "info" if config.log_level == "debug" else "warning"  # what uvicorn has to tell, we tell
-    server = _Server(uvicorn.Config(create_app(service_), **options), service_, supervisor)
+    server = _Server(_uvicorn_config(config, create_app(service_)), service_, supervisor)
     servers.append(server)
-    host, port = listener.getsockname()[:2]
     log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
     try:
         if supervisor is not None:
@@ -280,6 +322,33 @@ def run(config: TxConfig) -> int:
         service_.close()
         log.info("Stopped.")
     return server.exit_code
+
+
+def run_worker(config: TxConfig) -> int:
+    """One of several API processes: serve until our parent says otherwise, or is gone; the exit code."""
+    parent = api_workers.Parent()
+    db = open_database(config.resolved_database_url, api_workers.connections_of_each(config))
+    service_ = Service(config, db, None if config.external_engine else parent)
+    service_.metrics = Metrics(api_worker=str(parent.number))
+    app = create_app(service_, keeps_house=parent.number == api_workers.FIRST)
+    server = _Server(_uvicorn_config(config, app), service_, None, on_listening=parent.say_ready)
+    parent.watch(server.leave)
+    try:
+        server.run(sockets=[parent.listener])
+    finally:
+        service_.close()
+    return server.exit_code
+
+
+def _uvicorn_config(config: TxConfig, app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        log_level="info" if config.log_level == "debug" else "warning",  # what uvicorn has to tell, we tell
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
 
 
 def _listen(config: TxConfig) -> socket.socket:
@@ -304,11 +373,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv, prog="python -m tx.tinker.api")
     set_up("api", config.log_level)
     _raise_file_limit()
+    sys.setswitchinterval(_SWITCH_S)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:
         _make_data_folder(config)
-        return run(config)
+        return run_worker(config) if api_workers.Parent.made_us() else run(config)
     except StartupError as error:
         fail(error)
 

@@ -27,6 +27,9 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _POSITIVE = {"ge": 1}
 _COUNT = {"ge": 0}
 _PRICE: dict[str, Any] = {"ge": 0, "allow_inf_nan": False}
+_OF_THE_API = ("database_url", "host", "port", "api_workers", "external_engine")
+"""Fields that the engine's command line doesn't have: its database is named in its environment."""
+
 _FALSE = {"0", "false", "no", "off"}
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -68,6 +71,7 @@ class TxConfig(BaseModel):
     served_model_name: tuple[str, ...] = _flag((), "more names under which the base model is listed and accepted")
     host: str = _flag("127.0.0.1", "address the API listens on")
     port: int = _flag(8000, "port the API listens on (0: any free one)", ge=0, le=65535)
+    api_workers: int = _flag(1, "API processes that share the port", ge=1, le=64)
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
     checkpoints_base: Base | None = _flag(
@@ -181,7 +185,7 @@ class TxConfig(BaseModel):
         argv: list[str] = []
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is None or value == () or name in ("database_url", "host", "port", "external_engine"):
+            if value is None or value == () or name in _OF_THE_API:
                 continue
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):

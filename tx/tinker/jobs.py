@@ -226,6 +226,17 @@ class JobTable:
                 found.update(session.connection().execute(_FINISHED, {"ids": chunk}).scalars())
         return found
 
+    def answer(self, request_id: int) -> Any:
+        """What a client is told of a job: a row with the columns ``ANSWERED``; None if there is no such job."""
+        with self._db.connect() as connection:
+            return connection.execute(_ANSWER, {"id": request_id}).first()
+
+    def is_over(self, request_id: int) -> bool:
+        """Whether nobody need wait for this one: it is done, failed, or was never there. Cheap as ``finished_ids``."""
+        with self._db.connect() as connection:
+            status = connection.execute(_STATUS, {"id": request_id}).scalar()
+        return status not in _UNFINISHED
+
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
         """Those of these jobs that are done or failed, with their results."""
         found: dict[int, Job] = {}
@@ -305,13 +316,15 @@ class JobTable:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
 
         A model is rebuilt from a training checkpoint with optimizer state or from a recovery point, so payloads up to
-        the newest checkpoint's seq are free to go, and up to that of a point which has a newer one behind it; without
-        either, all its payloads are needed.
+        the seq of the newest checkpoint that doesn't expire are free to go, and up to that of a point which has a newer
+        one behind it; without either, all its payloads are needed. A load that may be replayed keeps its result, which
+        tells whether its path still has the same weights.
         """
         finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
         newest = (
             select(func.max(Checkpoint.seq_id))
             .where(Checkpoint.model_id == Job.model_id, Checkpoint.kind == "weights", col(Checkpoint.has_optimizer))
+            .where(col(Checkpoint.expires_at).is_(None))
             .correlate(Job)
             .scalar_subquery()
         )
@@ -334,11 +347,16 @@ class JobTable:
             col(Job.seq_id) <= newest,
             col(Job.seq_id) <= superseded,
         )
-        with writing(self._db) as session:
-            results = _rows(session, update(Job).where(*finished, col(Job.result).is_not(None)).values(result=None))
-            payloads = _rows(
-                session, update(Job).where(*finished, col(Job.payload).is_not(None), needless).values(payload=None)
-            )
+        has_result = and_(col(Job.result).is_not(None), or_(col(Job.kind) != "load_weights", needless))
+        has_payload = and_(col(Job.payload).is_not(None), needless)
+        with reading(self._db) as session:  # the whole table is looked at, so nobody may have to wait for it
+            ids = session.exec(select(Job.request_id).where(*finished, or_(has_result, has_payload))).all()
+        results = payloads = 0
+        for chunk in _chunks(cast(list[int], ids)):
+            these = col(Job.request_id).in_(chunk)
+            with writing(self._db) as session:  # asked again: what a recovery starts from may have gone meanwhile
+                results += _rows(session, update(Job).where(these, *finished, has_result).values(result=None))
+                payloads += _rows(session, update(Job).where(these, *finished, has_payload).values(payload=None))
         return results + payloads
 
     def _announce(self, *topics: Topic) -> None:
@@ -369,6 +387,14 @@ _CLAIM = update(_JOB.request_id.table).where(_IDS)
 _CLAIM = _CLAIM.values(status="running", claimed_at=bindparam("time")).returning(_JOB.request_id.table)
 
 _FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done", "failed")))
+
+ANSWERED = (
+    "request_id", "kind", "base_model", "status", "result", "result_type", "error", "category", "started_at",
+)  # fmt: skip
+
+_ANSWER = select_columns(*(_JOB[name] for name in ANSWERED)).where(_JOB.request_id == bindparam("id"))
+
+_STATUS = select_columns(_JOB.status).where(_JOB.request_id == bindparam("id"))
 
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
 

@@ -6,11 +6,13 @@ dependencies go.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -23,8 +25,8 @@ from tx.errors import StorageError
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
-from tx.tinker.futures import Appender, Watcher
+from tx.tinker.db import Checkpoint, Engine, RecordedSequence, now, reading, writing
+from tx.tinker.futures import Appender, Heartbeats, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
@@ -43,6 +45,9 @@ _COUNT_EVERY_S = 1.0
 
 HOLD_S = 25.0
 """Clients cut a silent poll at 45 s and ask again at once after a 408 (protocol §2.5)."""
+_TURNS = 16
+"""Requests that are worked on at the same time, of those that come by the thousand. More would only delay heartbeats,
+and whatever else is on the event loop: one process has one core."""
 
 KEEP_RESULTS_S = 24 * 3600.0
 KEEP_RECORDINGS_S = 24 * 3600.0
@@ -85,7 +90,7 @@ class Service:
         self.config = config
         self.db = db
         self.engine_process = engine_process
-        self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
+        self._signals = [ChangeSignal(config.resolved_database_url, hears) for hears in ((), ("finished",))]
         self.clock = clock
         self.hold_s = hold_s
         self._up_since = clock()
@@ -97,13 +102,25 @@ class Service:
         self.folders = CheckpointFolders(config.checkpoints_folder)
         self.signer = UrlSigner(db)
         self.appender = Appender(self.jobs)
+        self.heartbeats = Heartbeats(self.sessions)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
+        self.turns = asyncio.Semaphore(_TURNS)
+
+    @contextlib.asynccontextmanager
+    async def out_of_turn(self) -> AsyncIterator[None]:
+        """For a request that has its turn and nothing to do now: let others have it meanwhile."""
+        self.turns.release()
+        try:
+            yield
+        finally:
+            await self.turns.acquire()
 
     def close(self) -> None:
         """Stop the threads and let go of the database."""
         self.watcher.close()
         self.appender.close()
+        self.heartbeats.close()
         for signal in self._signals:
             signal.close()
         self.db.dispose()
@@ -158,8 +175,8 @@ class Service:
             {"status": status, "engine": row.state, "base_model": name, "detail": row.detail or None}
         )
 
-    def queue_state(self, job: Job) -> tuple[responses.QueueState, str | None]:
-        """Whether a job that is not finished can go on, and if not, why."""
+    def queue_state(self, job: Any) -> tuple[responses.QueueState, str | None]:
+        """Whether a job (``JobTable.answer``) that is not finished can go on, and if not, why."""
         engine = self.engine(job.base_model)
         if engine is None:
             return "paused_capacity", f"The engine of {job.base_model} has not started yet."
@@ -222,8 +239,9 @@ class Service:
             log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Dependency: the service that the application serves."""
+    # Not a plain function: FastAPI would send each request through the thread pool for it.
     service: Service = request.app.state.service
     return service
 

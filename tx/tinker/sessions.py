@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection
 from typing import cast
 
 from sqlalchemy import bindparam, update
+from sqlalchemy import select as select_columns
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import col, or_, select
+from sqlmodel import SQLModel, col, or_, select
 
 from tx.errors import InvalidInput, NotFound
 from tx.tinker import audit
@@ -29,6 +30,19 @@ _MODEL_AND_SESSION = (
     .join(Session, col(Session.session_id) == col(Model.session_id), isouter=True)
     .where(col(Model.model_id) == bindparam("model_id"))
 )
+_SAMPLER = SQLModel.metadata.tables[str(Sampler.__tablename__)]
+_SESSION = SQLModel.metadata.tables[str(Session.__tablename__)]
+_THESE = _SESSION.c.session_id.in_(bindparam("ids", expanding=True))
+_HEARTBEAT = update(_SESSION).where(_THESE, _SESSION.c.finished_at.is_(None)).values(heartbeat_at=bindparam("time"))
+_SAMPLER_AND_END = (
+    select_columns(_SAMPLER, _SESSION.c.finished_at)
+    .join(_SESSION, _SESSION.c.session_id == _SAMPLER.c.session_id, isouter=True)
+    .where(_SAMPLER.c.sampler_id == bindparam("sampler_id"))
+)
+_ENDS = select_columns(_SESSION.c.session_id, _SESSION.c.finished_at).where(_THESE)
+
+_IDS_PER_QUERY = 500
+"""SQLite bounds the variables of one statement."""
 
 
 class Sessions:
@@ -69,15 +83,15 @@ class Sessions:
         """A session that still takes requests."""
         return _open(self.get(session_id))
 
-    def heartbeat(self, session_id: str) -> Session:
-        """Note that the client lives."""
-        with writing(self._db) as db:
-            session = db.get(Session, session_id)
-            if session is not None and session.finished_at is None:
-                session.heartbeat_at = self._clock()
-        if session is None:
-            raise NotFound("session_id", session_id, "a session of this server")
-        return session
+    def heartbeat(self, *session_ids: str) -> dict[str, bool]:
+        """Note that these clients live; by session that there is, whether it is open still."""
+        known: dict[str, bool] = {}
+        for start in range(0, len(session_ids), _IDS_PER_QUERY):
+            given = {"ids": session_ids[start : start + _IDS_PER_QUERY]}
+            with writing(self._db) as db:
+                db.connection().execute(_HEARTBEAT, given | {"time": self._clock()})
+                known.update({row[0]: row[1] is None for row in db.connection().execute(_ENDS, given)})
+        return known
 
     def finish(self, session_id: str, reason: str, detail: str | None) -> None:
         """End a session; the first end stays."""
@@ -138,27 +152,29 @@ class Sessions:
 
     def sampler_for_work(self, sampler_id: str) -> Sampler:
         """A sampler that still takes jobs."""
-        sampler = self.sampler(sampler_id)
-        self._require_open(sampler.session_id)
-        return sampler
-
-    def _require_open(self, session_id: str) -> None:
         with reading(self._db) as db:
-            session = db.get(Session, session_id)
-        if session is not None:
-            _open(session)
+            found = db.connection().execute(_SAMPLER_AND_END, {"sampler_id": sampler_id}).mappings().first()
+        if found is None:
+            raise NotFound("sampling_session_id", sampler_id, "a sampling session of this server")
+        columns = dict(found)
+        _require_open(columns["session_id"], columns.pop("finished_at"))
+        return Sampler(**columns)
 
     def create_sampler(self, sampler: Sampler) -> Sampler:
         """Store a sampler; a retry (same session and number, same weights) gets the first one."""
-        with writing(self._db) as db:
-            session = db.get(Session, sampler.session_id)
-            if session is None:
-                raise NotFound("session_id", sampler.session_id, "a session of this server")
-            _open(session)
-            first = db.get(Sampler, sampler.sampler_id)
-            if first is None:
-                db.add(sampler)
-                return sampler
+        try:
+            with writing(self._db) as db:
+                session = db.get(Session, sampler.session_id)
+                if session is None:
+                    raise NotFound("session_id", sampler.session_id, "a session of this server")
+                _open(session)
+                first = db.get(Sampler, sampler.sampler_id)
+                if first is None:
+                    db.add(sampler.model_copy())
+        except IntegrityError:  # another API process was faster with the same number
+            first = self.sampler(sampler.sampler_id)
+        if first is None:
+            return sampler
         same = (first.model_path, first.base_model, first.kind) == (
             sampler.model_path,
             sampler.base_model,
@@ -206,6 +222,10 @@ class Sessions:
 
 
 def _open(session: Session) -> Session:
-    if session.finished_at is not None:
-        raise InvalidInput("session_id", session.session_id, "a session that its client has not finished")
+    _require_open(session.session_id, session.finished_at)
     return session
+
+
+def _require_open(session_id: str, finished_at: float | None) -> None:
+    if finished_at is not None:
+        raise InvalidInput("session_id", session_id, "a session that its client has not finished")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from tx.errors import NotFound
-from tx.tinker.db import Job
 from tx.tinker.jobs import Completion
 from tx.tinker.openapi import binary, refuses
 from tx.tinker.service import Api, Service, body
@@ -42,24 +42,23 @@ async def retrieve_future(
 ) -> Response:
     """The result as often as it is asked for, until it is pruned."""
     request_id = _parse_id(request.request_id)
-    job: Job | None = None
 
     def is_finished() -> bool:
-        nonlocal job
-        job = api.jobs.get(request_id)
-        return job is None or job.status in _FINISHED
+        return api.jobs.is_over(request_id)
 
     def answer() -> Response:
-        if job is not None and job.status not in _FINISHED:
-            is_finished()  # as it is now, not as it was before the wait
+        job = api.jobs.answer(request_id)
         if job is None:
             raise NotFound("request_id", request.request_id, "a request of this server")
         if job.status not in _FINISHED:
             return _try_again(api, job)
         return _answer(job, compat.accepts_protobuf(http.headers))
 
-    await api.watcher.wait(request_id, api.hold_s, is_finished)
-    return await run_in_threadpool(answer)
+    if not await asyncio.to_thread(is_finished):
+        async with api.out_of_turn():
+            await api.watcher.wait(request_id, api.hold_s, is_finished)
+    # Not in the pool of all routes: a thousand futures that are answered at once must leave the others some of it.
+    return await asyncio.to_thread(answer)
 
 
 @router.post("/retrieve_futures", response_model_exclude_none=True, responses=refuses(404))
@@ -117,7 +116,7 @@ def _parse_id(text: str) -> int:
     return int(text)
 
 
-def _answer(job: Job, protobuf: bool) -> Response:
+def _answer(job: Any, protobuf: bool) -> Response:
     if job.status == "failed":
         category = "user" if job.category == "user" else "server"
         failure = responses.Failure(error=job.error or "", category=category, request_id=str(job.request_id))
@@ -131,7 +130,7 @@ def _answer(job: Job, protobuf: bool) -> Response:
     return Response(codec.encode_json(codec.to_json(job.result, job.result_type or "")), media_type=codec.JSON)
 
 
-def _try_again(api: Service, job: Job) -> Response:
+def _try_again(api: Service, job: Any) -> Response:
     state, reason = api.queue_state(job)
     reply = responses.TryAgain(request_id=str(job.request_id), queue_state=state, queue_state_reason=reason)
     return JSONResponse(reply.model_dump(exclude_none=True), status_code=408)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Annotated
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
 from tx.tinker.db import Sampler, now
@@ -68,7 +68,7 @@ async def asample(api: Api, request: Annotated[requests.Sample, body(requests.Sa
 
     429 while the queue is full: nothing is stored, and the same request may come again.
     """
-    sampler = await run_in_threadpool(api.sessions.sampler_for_work, request.sampling_session_id)
+    sampler = await asyncio.to_thread(api.sessions.sampler_for_work, request.sampling_session_id)
     retry_key = fingerprint(payload_of(request))
     if request.sampling_params.seed is None:
         # Drawn once and stored: after a crash the job gives the same tokens.

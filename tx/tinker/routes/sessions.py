@@ -39,11 +39,11 @@ def create_session(
 
 
 @router.post("/session_heartbeat", responses=refuses(404, 410))
-def session_heartbeat(
+async def session_heartbeat(
     api: Api, request: Annotated[requests.SessionHeartbeat, body(requests.SessionHeartbeat)]
 ) -> responses.Heartbeat:
     """410 ends the client's loop, for a session that it has finished itself."""
-    if api.sessions.heartbeat(request.session_id).finished_at is not None:
+    if not await api.heartbeats.beat(request.session_id):
         raise HTTPException(410, f"session_id: {request.session_id} is finished.")
     return responses.Heartbeat()
 
