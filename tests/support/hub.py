@@ -66,7 +66,7 @@ class Hub:
             return 200, {"files": modes}
         if found := re.fullmatch(r"/api/models/(.+)/commit/([^/]+)", path):
             self._commit(found[1], found[2], full, body or b"")
-            link = f"{self.url}/{found[1]}"
+            link = f"{self.url}/{_whole(found[1])}"
             pull = {"pullRequestUrl": f"{link}/discussions/1"} if "create_pr=1" in full else {}
             return 200, {"success": True, "commitUrl": f"{link}/commit/{'0' * 40}", "commitOid": "0" * 40, **pull}
         if re.fullmatch(r"/api/models/(.+)/revision/[^/]+", path):
@@ -75,10 +75,15 @@ class Hub:
 
     def _commit(self, repo: str, revision: str, full: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
-        name = repo if "/" in repo else f"me/{repo}"
+        name = _whole(repo)
         header = lines[0]["value"]
         self.commits.append({"repo": name, "revision": revision, "pull_request": "create_pr=1" in full, **header})
         for line in lines[1:]:
             if line["key"] == "file":
                 content = base64.b64decode(line["value"]["content"])
                 self.pushed.setdefault(name, {})[line["value"]["path"]] = content
+
+
+def _whole(repo: str) -> str:
+    """A repository's name with its owner; without one it is the caller's."""
+    return repo if "/" in repo else f"me/{repo}"
