@@ -128,11 +128,11 @@ class Sessions:
         if found is None:
             raise NotFound("model_id", model_id, "a model of this server")
         model, session = found
-        if session is not None:
-            _open(session)
         if model.state == "copy":
             accepted = "a model that can be trained on; this one only holds a copy: load that into a model of its own"
             raise InvalidInput("model_id", model_id, accepted)
+        if session is not None:
+            _open(session)
         return cast(Model, model)
 
     def idle_models(self, model_ids: Collection[str], before: float) -> list[str]:
