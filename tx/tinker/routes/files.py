@@ -63,12 +63,13 @@ def archive_url(
 ) -> responses.ArchiveUrl | Response:
     """A signed URL of the whole checkpoint as one tar, for SDKs before 0.36: a redirect, or JSON where it is asked for.
 
-    SDKs that ask for gzip read the redirect's headers and know no JSON.
+    SDKs that ask for gzip read the redirect's headers and know no JSON, though they accept that in a second header.
     """
     path, _ = _find(api, model_id, kind, name)
     expires = int(now()) + URL_LIFE_S
     url = _signed_url(api, http, _resource(path), expires)
-    if "application/json" in http.headers.get("accept", ""):
+    accepted = ",".join(http.headers.getlist("accept"))
+    if "application/json" in accepted and "application/gzip" not in accepted:
         return responses.ArchiveUrl(url=url, expires=responses.timestamp(expires))
     return RedirectResponse(url, status_code=302, headers={"Expires": formatdate(expires, usegmt=True)})
 
