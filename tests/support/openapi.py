@@ -29,10 +29,10 @@ class Document:
                 return name, self.content["paths"][name][method.lower()]
         return None
 
-    def check(self, reply: httpx.Response) -> None:
-        """AssertionError for a reply that its operation does not declare."""
+    def check(self, reply: httpx.Response, root_path: str = "") -> None:
+        """AssertionError for a reply that its operation, under ``root_path``, does not declare."""
         method = reply.request.method
-        found = self.operation(method, reply.request.url.path)
+        found = self.operation(method, reply.request.url.path.removeprefix(root_path))
         if found is None:
             assert reply.status_code in (404, 405, 413), reply.text
             return

@@ -143,7 +143,7 @@ class Client(TestClient):
     def request(self, *args, **kwargs):
         reply = super().request(*args, **kwargs)
         for one in (*reply.history, reply):
-            self._document().check(one)
+            self._document().check(one, self.app.root_path)
         return reply
 
     def _document(self) -> Document:
