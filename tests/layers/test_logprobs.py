@@ -108,7 +108,8 @@ def _adapter(arrays, kind):
         return lora, gate
     rng = np.random.default_rng(5)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return LoraWeights(draw(ROWS, EMBED, 4), draw(ROWS, 4, VOCAB)), jnp.asarray([[1.0] * 4, [2.0] * 4, [0.5] * 4])
+    lora = LoraWeights(tuple(draw(EMBED, 4) for _ in range(ROWS)), tuple(draw(4, VOCAB) for _ in range(ROWS)))
+    return lora, jnp.asarray([[1.0] * 4, [2.0] * 4, [0.5] * 4])
 
 
 @jax.jit
@@ -116,7 +117,7 @@ def _dense(hidden, kernel, targets, lora, gate):
     """All logits of all positions, each row through its own adapter."""
     logits = hidden @ kernel
     if lora is not None:
-        wide = lambda x: jnp.broadcast_to(x, (ROWS, *x.shape[-2:]))
+        wide = lambda x: jnp.stack(x) if isinstance(x, tuple) else jnp.broadcast_to(x, (ROWS, *x.shape[-2:]))
         low = jnp.einsum("rse,rei->rsi", hidden, wide(lora.a)) * jnp.broadcast_to(gate, (ROWS, 4))[:, None]
         logits = logits + jnp.einsum("rsi,riv->rsv", low, wide(lora.b))
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
