@@ -100,15 +100,15 @@ def test_a_checkpoint_of_tx_keeps_its_optimizer(llama: Golden, tmp_path: Path):
     elsewhere.write(
         path, CheckpointCard("other/base", state.lora, 7, 1.0), model_files.to_files(state, "b", with_optimizer=True)
     )
-    done = import_adapter(str(elsewhere.folder(path)), config)
+    done = import_adapter(str(tmp_path / "elsewhere" / path.folder), config)
     same(done.state, state)
     assert [row.has_optimizer for row in rows(config, Checkpoint)] == [False, True]
     card, files = CheckpointFolders(config.checkpoints_folder).read(done.path)
     assert card.base_model == config.base_model_name
     same(from_files(card, files, 0), state)
-    (elsewhere.folder(path) / WEIGHTS_FILE).write_bytes(b"broken")
+    (tmp_path / "elsewhere" / path.folder / WEIGHTS_FILE).write_bytes(b"broken")
     with pytest.raises(BrokenCheckpoint, match=WEIGHTS_FILE):
-        import_adapter(str(elsewhere.folder(path)), config)
+        import_adapter(str(tmp_path / "elsewhere" / path.folder), config)
 
 
 def test_a_checkpoint_of_another_base_model_is_refused_with_shapes(llama: Golden, moe: Golden, tmp_path: Path):

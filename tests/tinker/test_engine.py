@@ -271,7 +271,7 @@ def test_external_weights_are_the_adapter_alone(bench):
     _, encrypted = bench.folders.read("sess-a:train:0/external_weights/y")
     opened = {name.removesuffix(".age"): pyrage.decrypt(content, [identity]) for name, content in encrypted.items()}
     assert sorted(encrypted) == [f"{name}.age" for name in sorted(files)]
-    for name, weights in peft.import_files(opened).weights.items():
+    for name, weights in peft_import.import_files(opened).weights.items():
         np.testing.assert_array_equal(weights, imported[name])
     assert secret.status == "done"
     fails(again, "user", "path", "not taken")
@@ -459,6 +459,13 @@ class Turns:
         return self._turn("sample")
 
 
+def engine_of(bench: Bench, worker: Turns) -> Engine:
+    return Engine(
+        bench.db, bench.signal, worker, bench.folders, bench.points, bench.in_flight, BASE,
+        sample_room=8, clock=worker.clock,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("train_s", "sample_s", "slices"),
     [
@@ -470,7 +477,7 @@ class Turns:
 )
 def test_sampling_gets_as_much_time_as_the_last_micro_batch_took(bench, train_s, sample_s, slices):
     worker = Turns(train_s, sample_s)
-    engine = Engine(bench.db, bench.signal, worker, bench.folders, BASE, sample_room=8, clock=worker.clock)
+    engine = engine_of(bench, worker)
     for _ in range(3):
         assert engine.step()
     worker.sampling = True  # a sample arrives while training has had the device to itself
@@ -484,7 +491,7 @@ def test_sampling_gets_as_much_time_as_the_last_micro_batch_took(bench, train_s,
 
 def test_samples_run_while_training_waits_for_other_models(bench):
     worker = Turns(1.0, 0.3)
-    engine = Engine(bench.db, bench.signal, worker, bench.folders, BASE, sample_room=8, clock=worker.clock)
+    engine = engine_of(bench, worker)
     worker.gather_s, worker.sampling = 0.001, True
     engine.step()
     assert worker.turns == ["sample"]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
+from sqlmodel import select
 
 from tests.support.object_stores import WatchedStore
 from tests.tinker.engine_bench import Bench, Client, body_of, new_worker
+from tx.tinker.db import Checkpoint, reading
 from tx.tinker.engine import MAX_WRITES
 from tx.tinker.wire.paths import parse_path
 from tx.utils.storage import ObjectStorage
@@ -142,7 +144,9 @@ def test_saves_of_one_name_are_written_in_order(bench, two, gate):
     jobs = bench.run(first, second, third)
     assert [job.status for job in jobs] == ["done", "done", "failed"]
     assert "overwrite" in jobs[2].error
-    assert bench.folders.card(parse_path("tinker://sess-a:train:0/weights/ck")).step == 2
+    with reading(bench.db) as db:
+        (row,) = db.exec(select(Checkpoint)).all()
+    assert bench.folders.card(row.folder).step == 2
     assert bench.folders.sweep() == 0
 
 

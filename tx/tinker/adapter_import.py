@@ -31,7 +31,7 @@ from tx.models.demo import ensure_demo_model
 from tx.models.loading import read_config
 from tx.models.lora_sites import lora_sites
 from tx.tinker import audit, model_files
-from tx.tinker.checkpoints import CARD, CheckpointCard, CheckpointFolders, check_file, parse_card
+from tx.tinker.checkpoints import CARD, BrokenCheckpoint, CheckpointCard, CheckpointFolders, check_file, parse_card
 from tx.tinker.config import DEMO, TxConfig, environment_name, fail
 from tx.tinker.db import Checkpoint, Engine, Model, Session, now, open_database, reading, writing
 from tx.tinker.wire import paths
@@ -149,7 +149,11 @@ def read_adapter(files: Mapping[str, bytes], config: ModelConfig) -> ModelState:
     sites, per_tok = lora_sites(config), config.num_experts_per_tok
     if CARD not in files:
         return peft_import.import_files(files, per_tok, sites)
-    card, sums = parse_card(files[CARD])
+    try:
+        described = json.loads(files[CARD])
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{CARD} can't be read ({error})") from error
+    card, sums = parse_card(described)
     for name in sums:
         check_file(name, files.get(name, b""), sums[name])
     state = model_files.from_files(card, {name: files[name] for name in sums}, card.num_experts_per_tok)
