@@ -30,7 +30,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
-from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.errors import (
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    StartupError,
+    TooLarge,
+    TooSlow,
+    TxError,
+    Unauthorized,
+)
+from tx.tinker.auth import ANYBODY
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
 from tx.tinker.routes import (
@@ -47,6 +58,7 @@ from tx.tinker.routes import (
     weights,
 )
 from tx.tinker.service import Service
+from tx.tinker.slow_clients import Connection, body_deadline
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
 
@@ -57,6 +69,15 @@ MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
 
+_SPARE_FILES = 256
+"""Descriptors that are not for connections: the database, files on their way out, the engine's pipes."""
+
+_OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/files/")
+"""Paths that need no API key: one whole, and all that begin like the other, whose URLs are signed."""
+
+_UNCOUNTED = f"{PREFIX}/session_heartbeat"
+"""Never refused for its key's rate: a client that is told to wait is not one that has died."""
+
 _SWEEP_S = 300.0
 _LOOK_FOR_ABANDONED_S = 10.0
 
@@ -64,16 +85,15 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     TooLarge: 413,
     InvalidInput: 400,
+    Unauthorized: 401,
     Forbidden: 403,
+    TooSlow: 408,
     Overloaded: 429,
     TxError: 500,
     PoolTimeout: 503,
     DBAPIError: 503,
 }
 """Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
-
-
-_LATER = {"Retry-After": "1"}
 
 
 def create_app(service_: Service) -> FastAPI:
@@ -109,9 +129,17 @@ def status_of(error: Exception) -> int:
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
     status = status_of(error)
     if isinstance(error, TxError):
-        return _reply(status, str(error), _LATER if isinstance(error, Overloaded) else None)
+        return _reply(status, str(error), _headers_of(error))
     log.warning("Database: %s", error)
     return _reply(status, "The database is not available at the moment; try again.")
+
+
+def _headers_of(error: TxError) -> dict[str, str] | None:
+    if isinstance(error, Overloaded):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, Unauthorized) and error.invalid_token:
+        return {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # clients get a new one and ask again
+    return {"Connection": "close"} if isinstance(error, TooSlow) else None
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
@@ -133,10 +161,11 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
 
 
 class _Gate:
-    """Around everything: the body limit, one answer for the unforeseen, one count and duration per request."""
+    """Around everything: who asks, the body's limits, one answer for the unforeseen, a count and duration per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
+        self._auth = service.auth
         self._metrics = service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,10 +181,15 @@ class _Gate:
             await send(message)
 
         try:
+            try:
+                self._admit(scope)
+            except (Unauthorized, Overloaded):
+                await _read_body(receive, keep=False)  # who still writes would not read our answer
+                raise
             body = await _read_body(receive)
             await self._app(scope, _replay(body, receive), counted_send)
-        except TooLarge as error:
-            await _reply(413, str(error))(scope, receive, counted_send)
+        except TxError as error:  # ours: those of the routes are answered inside
+            await _reply(status_of(error), str(error), _headers_of(error))(scope, receive, counted_send)
         except Exception:
             name = uuid.uuid4().hex[:8]
             log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
@@ -166,24 +200,41 @@ class _Gate:
             self._metrics.count("tx_http_requests_total", route=route, status=str(status))
             self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
 
+    def _admit(self, scope: Scope) -> None:
+        """Find the caller and note him for the routes; raises Unauthorized or Overloaded."""
+        path, caller = scope["path"], ANYBODY
+        if path != _OPEN[0] and not path.startswith(_OPEN[1]):
+            caller = self._auth.caller(dict(scope["headers"]))
+            if path != _UNCOUNTED:
+                self._auth.count(caller)
+        scope.setdefault("state", {})["caller"] = caller
 
-async def _read_body(receive: Receive) -> bytes:
-    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer."""
+
+async def _read_body(receive: Receive, *, keep: bool = True) -> bytes:
+    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer.
+
+    Raises:
+        TooLarge, TooSlow: there is too much of it, or it takes too long.
+    """
     parts: list[bytes] = []
-    size = 0
+    size, started = 0, asyncio.get_running_loop().time()
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout_at(body_deadline(started, size)):
+                message = await receive()
+        except TimeoutError as error:
+            raise TooSlow(f"body: {size} bytes came in time, and then no more. Send it again, faster.") from error
         if message["type"] != "http.request":
             return b""  # the client hung up; nobody will see the answer
         part = message.get("body", b"")
         size += len(part)
-        if size <= MAX_BODY_BYTES:
+        if size <= MAX_BODY_BYTES and keep:
             parts.append(part)
         else:
             parts.clear()
         if not message.get("more_body", False) or size > _DRAIN_BYTES:
             break
-    if size > MAX_BODY_BYTES:
+    if size > MAX_BODY_BYTES and keep:
         raise TooLarge("body", f"{size} bytes", f"at most {MAX_BODY_BYTES} bytes")
     return b"".join(parts)
 
@@ -246,11 +297,13 @@ def run(config: TxConfig) -> int:
         )
         service_.engine_process = supervisor
     options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
+    options.update(http=Connection, limit_concurrency=max(_SPARE_FILES, _file_limit() - _SPARE_FILES))
     options["log_level"] = "info" if config.log_level == "debug" else "warning"  # what uvicorn has to tell, we tell
     server = _Server(uvicorn.Config(create_app(service_), **options), service_, supervisor)
     servers.append(server)
     host, port = listener.getsockname()[:2]
     log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+    _tell_who_may_come(config, service_)
     try:
         if supervisor is not None:
             supervisor.start()
@@ -261,6 +314,25 @@ def run(config: TxConfig) -> int:
         service_.close()
         log.info("Stopped.")
     return server.exit_code
+
+
+def _tell_who_may_come(config: TxConfig, service_: Service) -> None:
+    keys = service_.auth.keys
+    if keys is not None:
+        log.info("%d API keys may enter; each finds what is its own", len(keys))
+    elif config.is_local:
+        log.info("No --api-keys-file: any key is accepted, and only this machine can reach the server")
+    else:
+        log.warning(
+            "No --api-keys-file, and --host %s: WHOEVER REACHES THIS ADDRESS OWNS EVERYTHING HERE and may read, train, "
+            "publish and delete it. Make keys with `python -m tx.tinker.keys add NAME --file FILE`.",
+            config.host,
+        )
+
+
+def _file_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 65536
 
 
 def _listen(config: TxConfig) -> socket.socket:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import os
 import re
 import sys
@@ -30,6 +31,9 @@ _PRICE: dict[str, Any] = {"ge": 0, "allow_inf_nan": False}
 _FALSE = {"0", "false", "no", "off"}
 _TRUE = {"1", "true", "yes", "on"}
 
+
+_OF_API_ALONE = ("database_url", "host", "port", "api_keys_file", "external_engine")
+"""Flags that an engine is not given on its command line."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -68,6 +72,9 @@ class TxConfig(BaseModel):
     served_model_name: tuple[str, ...] = _flag((), "more names under which the base model is listed and accepted")
     host: str = _flag("127.0.0.1", "address the API listens on")
     port: int = _flag(8000, "port the API listens on (0: any free one)", ge=0, le=65535)
+    api_keys_file: Path | None = _flag(
+        None, "file of the API keys that are accepted, made by `python -m tx.tinker.keys` (default: any key, or none)"
+    )
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
     checkpoints_base: Base | None = _flag(
@@ -129,6 +136,14 @@ class TxConfig(BaseModel):
         return tuple(dict.fromkeys((self.base_model_name, *given, *self.served_model_name)))
 
     @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the API."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return self.host == "localhost"
+
+    @property
     def data_folder(self) -> Path:
         """Absolute data folder."""
         return self.data_dir.expanduser().resolve()
@@ -181,7 +196,7 @@ class TxConfig(BaseModel):
         argv: list[str] = []
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is None or value == () or name in ("database_url", "host", "port", "external_engine"):
+            if value is None or value == () or name in _OF_API_ALONE:
                 continue
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):

@@ -60,6 +60,14 @@ _FINISH_LOCK = 0x7478_0002
 
 
 @dataclass(frozen=True)
+class Share:
+    """Of the queue: at most so many unfinished sequences of one owner."""
+
+    owner: str
+    max_sequences: int
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A request to append. ``error``: well-formed but already known to be wrong; it is appended as failed."""
 
@@ -77,6 +85,7 @@ class NewJob:
     num_sequences: int = 0
     rows: tuple[SQLModel, ...] = ()
     error: str | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -116,14 +125,21 @@ class JobTable:
 
     Args:
         max_queued_samples: unfinished sequences of one base model past which samples are refused (None: never).
+        owner: whose jobs ``get`` finds (None: everybody's).
     """
 
     def __init__(
-        self, db: Database, signal: ChangeSignal | None = None, *, max_queued_samples: int | None = None
+        self,
+        db: Database,
+        signal: ChangeSignal | None = None,
+        *,
+        max_queued_samples: int | None = None,
+        owner: str | None = None,
     ) -> None:
         self._db = db
         self._signal = signal
         self._max_queued = max_queued_samples
+        self._owner = owner
 
     def append(self, jobs: Sequence[NewJob]) -> list[Appended | InvalidInput | Overloaded]:
         """Append all of them in one transaction; each one's outcome, in order. A bad one doesn't stop the others."""
@@ -238,7 +254,10 @@ class JobTable:
     def get(self, request_id: int) -> Job | None:
         """One job, whatever its status."""
         with reading(self._db) as session:
-            return session.get(Job, request_id)
+            if self._owner is None:
+                return session.get(Job, request_id)
+            given = {"request_id": request_id, "owner": self._owner}
+            return cast("Job | None", session.execute(_JOB_OF_OWNER, given).scalars().first())
 
     def completions(self, sampler_id: str, after: int, limit: int = 1000) -> list[Completion]:
         """Which jobs of a sampler finished after that ``finish_seq``, in order; reads no payloads and no results."""
@@ -373,6 +392,13 @@ _FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done",
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
 
 
+_JOB_OF_OWNER = (
+    select_columns(Job)
+    .join(Session, col(Session.session_id) == col(Job.session_id))
+    .where(col(Job.request_id) == bindparam("request_id"), col(Session.owner) == bindparam("owner"))
+)
+
+
 @cache
 def _queries_of_claim(some_kinds: bool, in_turn: bool) -> tuple[Any, Any]:
     """Whether anything may be claimed, and the ids of what is."""
@@ -412,9 +438,30 @@ class _Queue:
         self._session = session
         self._limit = limit
         self._counts: dict[str, int] = {}
+        self._shares: dict[str, int] = {}  # by owner
 
     def admit(self, new: NewJob) -> Overloaded | InvalidInput | None:
         """Count a sample in, or say why not."""
+        return self._refusal_of_share(new) or self._refusal_of_queue(new)
+
+    def _refusal_of_share(self, new: NewJob) -> Overloaded | InvalidInput | None:
+        share = new.share
+        if share is None or not new.num_sequences:
+            return None
+        if new.num_sequences > share.max_sequences:
+            return InvalidInput("num_samples", new.num_sequences, f"at most {share.max_sequences} with this API key")
+        if share.owner not in self._shares:
+            self._shares[share.owner] = _sequences_of_owner(self._session, share.owner)
+        queued = self._shares[share.owner]
+        if queued + new.num_sequences > share.max_sequences:
+            return Overloaded(
+                f"{queued} sequences of this API key wait or decode and it may have {share.max_sequences}; "
+                "send the request again in a second."
+            )
+        self._shares[share.owner] += new.num_sequences
+        return None
+
+    def _refusal_of_queue(self, new: NewJob) -> Overloaded | InvalidInput | None:
         if self._limit is None or not new.num_sequences:
             return None
         if new.num_sequences > self._limit:
@@ -434,6 +481,15 @@ class _Queue:
 def _unfinished_sequences(session: DbSession, base_model: str) -> int:
     query = select(func.sum(Job.num_sequences)).where(
         col(Job.status).in_(_UNFINISHED), Job.base_model == base_model, col(Job.num_sequences) > 0
+    )
+    return int(session.exec(query).one() or 0)
+
+
+def _sequences_of_owner(session: DbSession, owner: str) -> int:
+    query = (
+        select(func.sum(Job.num_sequences))
+        .join(Session, col(Session.session_id) == col(Job.session_id))
+        .where(col(Job.status).in_(_UNFINISHED), col(Job.num_sequences) > 0, Session.owner == owner)
     )
     return int(session.exec(query).one() or 0)
 

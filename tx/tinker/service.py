@@ -1,11 +1,12 @@
 """What every router needs, in one object: the flags, the database's verbs, the two job threads, the engine's state.
 
-Routers get it through ``Api``; tests build one around a database of their own. It knows HTTP only as far as FastAPI's
+Routers get it through ``Api``, bound to the caller: its verbs find only what is his. Tests build one around a database of their own. It knows HTTP only as far as FastAPI's
 dependencies go.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import threading
@@ -20,6 +21,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.errors import StorageError
+from tx.tinker.auth import ANYBODY, Auth, Caller
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
@@ -64,6 +66,8 @@ class EngineProcess(Protocol):
 class Service:
     """One API process.
 
+    ``caller``: whom its verbs work for; until ``bound_to`` somebody, that is the server itself, to whom all belongs.
+
     Args:
         clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
     """
@@ -81,6 +85,8 @@ class Service:
         self.engine_process = engine_process
         self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
         self.clock = clock
+        self.caller = ANYBODY
+        self.auth = Auth(config.api_keys_file, db)
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
         self._count_lock = threading.Lock()
@@ -100,6 +106,21 @@ class Service:
         for signal in self._signals:
             signal.close()
         self.db.dispose()
+
+    def bound_to(self, caller: Caller) -> Service:
+        """This service for one caller: to him, what belongs to others does not exist (``tx.tinker.owners``).
+
+        Every router gets its service from here, so that a route can only forget to ask for more.
+        """
+        owner = caller.owner
+        if owner is None:
+            return self
+        bound = copy.copy(self)  # it shares everything but what follows
+        bound.caller = caller
+        bound.jobs = JobTable(self.db, self._signals[0], max_queued_samples=self.config.max_queued_samples, owner=owner)
+        bound.sessions = Sessions(self.db, self.clock, owner)
+        bound.checkpoints = CheckpointRows(self.db, self.clock, owner)
+        return bound
 
     def engines(self) -> list[Engine]:
         """Every engine that this database has seen, and lives or is this API's own."""
@@ -215,16 +236,16 @@ class Service:
             log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
-    return service
+    return service.bound_to(request.state.caller)  # whom the gate before all routes has found
 
 
 Api = Annotated[Service, Depends(_service)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=2**31)]
 AccessScope = Literal["owned", "accessible"]
-"""Of a listing: what the caller owns, or may see. One user owns all that a server has, so both are the same."""
+"""Of a listing: what the caller owns, or may see: that is the runs with a published checkpoint, too."""
 
 
 def body[Body: BaseModel](model: type[Body]) -> Any:

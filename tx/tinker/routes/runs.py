@@ -9,7 +9,6 @@ from sqlalchemy import func, or_
 from sqlmodel import Session as DbSession
 from sqlmodel import col, select
 
-from tx.errors import NotFound
 from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import Checkpoint, Job, Model, Session, reading
 from tx.tinker.service import AccessScope, Api, Limit, Offset
@@ -43,10 +42,8 @@ def list_training_runs(
 @router.get("/training_runs/{model_id}", response_model_exclude_none=True)
 def get_training_run(api: Api, model_id: str, access_scope: AccessScope = "owned") -> responses.TrainingRun:
     """One model, also one that could not be created."""
+    model = api.sessions.model(model_id, "training_run_id")
     with reading(api.db) as db:
-        model = db.get(Model, model_id)
-        if model is None:
-            raise NotFound("training_run_id", model_id, "a training run of this server")
         return _describe(db, [model], api.clock())[0]
 
 

@@ -86,7 +86,12 @@ def search_sessions(
     """Newest first, with what became of each; ``tx.tinker.session_search`` says how that is told."""
     at = api.clock()
     return session_search.search(
-        api.db, request, at=at, active_since=at - EXPIRED_AFTER_S, silent_before=api.silent_before()
+        api.db,
+        request,
+        at=at,
+        active_since=at - EXPIRED_AFTER_S,
+        silent_before=api.silent_before(),
+        owner=api.caller.owner,
     )
 
 
