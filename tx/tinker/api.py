@@ -161,7 +161,7 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
 
 
 class _Gate:
-    """Around everything: who asks, the body's limits, one answer for the unforeseen, a count and duration per request."""
+    """Around everything: who asks, the body's limits, one answer for the unforeseen, count and time of each request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app

@@ -12,7 +12,7 @@ type Category = Literal["checkpoints", "projects", "teams", "organizations"]
 def entry(
     category: Category,
     event: str,
-    actor: str | None,
+    actor: str | None = None,
     *,
     model_id: str | None = None,
     tinker_path: str | None = None,

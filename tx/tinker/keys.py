@@ -37,8 +37,8 @@ class Key(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=rf"\A{_NAME.pattern}\Z")]
-    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+    name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     max_requests_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_queued_samples: Annotated[int, Field(ge=1)] | None = None
 
@@ -68,10 +68,8 @@ def read_keys(file: Path) -> dict[str, Key]:
             key = Key.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise InvalidInput(
-                "api_keys_file", f"{file}:{number}", f"a key per line ({where}: {first['msg']})"
-            ) from error
+            reason = f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
+            raise InvalidInput("api_keys_file", f"{file}:{number}", f"a key per line ({reason})") from error
         if key.name in keys or key.sha256 in hashes:
             raise InvalidInput("api_keys_file", f"{file}:{number}", "every name and every key once")
         keys[key.name] = key

@@ -1,7 +1,7 @@
 """What every router needs, in one object: the flags, the database's verbs, the two job threads, the engine's state.
 
-Routers get it through ``Api``, bound to the caller: its verbs find only what is his. Tests build one around a database of their own. It knows HTTP only as far as FastAPI's
-dependencies go.
+Routers get it through ``Api``, bound to the caller: its verbs find only what is his. Tests build one around a database
+of their own. It knows HTTP only as far as FastAPI's dependencies go.
 """
 
 from __future__ import annotations

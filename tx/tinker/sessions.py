@@ -108,11 +108,11 @@ class Sessions:
     def model_for_work(self, model_id: str) -> Model:
         """A model that still takes jobs."""
         model, session = self._model(model_id, "model_id")
-        if session is not None:
-            _open(session)
         if model.state == "copy":
             accepted = "a model that can be trained on; this one only holds a copy: load that into a model of its own"
             raise InvalidInput("model_id", model_id, accepted)
+        if session is not None:
+            _open(session)
         return model
 
     def idle_models(self, model_ids: Collection[str], before: float) -> list[str]:

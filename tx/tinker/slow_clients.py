@@ -1,4 +1,4 @@
-"""Time limits for what a client sends: who opens a connection and then sends nothing, or a byte now and then, is cut off.
+"""Time limits for what a client sends: who connects and sends nothing, or a byte now and then, is cut off.
 
 Nothing here limits how long an answer may take: long polls wait for theirs with a finished request behind them.
 """

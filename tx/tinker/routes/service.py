@@ -99,7 +99,7 @@ async def report_telemetry(api: Api, http: Request) -> admin.TelemetryAccepted:
 
 @router.post("/auth/token")
 def auth_token(api: Api) -> admin.AuthToken:
-    """A token that stands for the caller's key for an hour; without a key file, the local user's, which opens nothing."""
+    """Stands for the caller's key for an hour; without a key file it is the local user's, and opens nothing."""
     return admin.AuthToken(jwt=api.auth.new_token(api.caller))
 
 
