@@ -34,18 +34,18 @@ def health(api: Api, response: Response) -> responses.Health:
 
 @router.post("/client/config", response_model_exclude_none=True)
 def client_config(
-    http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
+    api: Api, http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
 ) -> admin.ClientConfig:
     """Flags for the SDK. All are said, most of them at the SDK's own defaults.
 
     ``sample_use_retrieve_futures`` stays off although retrieve_futures is served: with it a short sample takes half as
-    long again (one more round trip), and the client never asks why it waits. Keys are not exchanged for tokens: there
-    are no accounts that a token could be of. Custom losses are the client's to compute.
+    long again (one more round trip), and the client never asks why it waits. Keys are exchanged for tokens where there
+    are keys, by the SDKs of which that is tested. Custom losses are the client's to compute.
     """
     log.debug("Client with SDK %s", request.sdk_version)
     version = compat.client_version(http.headers) or compat.parse_version(request.sdk_version)
     return admin.ClientConfig(
-        pjwt_auth_enabled=False,
+        pjwt_auth_enabled=api.auth.keys is not None and compat.exchanges_keys(version),
         credential_default_source="api_key",
         parallel_fwdbwd_chunks=compat.sends_first_chunk_last(version),
         proto_compress_fwdbwd=False,
