@@ -42,7 +42,7 @@ def test_each_sees_only_his_own_and_what_is_published(server: Server, given: dic
         path = training.save_state("mine").result(WAIT_S).path
         sampled = training.save_weights_for_sampler("sampler").result(WAIT_S).path
         run = training.get_info().model_id
-        hers, his = alice.create_rest_client(), bob.create_rest_client()
+        hers, his = (tinker.RestClient(base_url=server.url, api_key=given[name]) for name in ("alice", "bob"))
         assert [each.training_run_id for each in hers.list_training_runs().result(WAIT_S).training_runs] == [run]
         assert his.list_training_runs().result(WAIT_S).training_runs == []
         assert his.list_user_checkpoints().result(WAIT_S).checkpoints == []
@@ -53,7 +53,7 @@ def test_each_sees_only_his_own_and_what_is_published(server: Server, given: dic
         ):
             with pytest.raises(tinker.NotFoundError):
                 ask()
-        with pytest.raises(tinker.NotFoundError):
+        with pytest.raises(tinker.RequestFailedError, match="a checkpoint on this server"):
             bob.create_training_client_from_state(path).result(WAIT_S)
         with pytest.raises(tinker.NotFoundError):
             bob.create_sampling_client(model_path=sampled).result(WAIT_S)
@@ -75,7 +75,7 @@ def test_each_sees_only_his_own_and_what_is_published(server: Server, given: dic
 
 def test_a_key_that_is_none_of_the_servers_ends_the_client_at_once(server: Server):
     with pytest.raises(tinker.AuthenticationError, match="X-API-Key"):
-        tinker.ServiceClient(base_url=server.url, api_key="tml-unknown").get_server_capabilities().result(WAIT_S)
+        tinker.RestClient(base_url=server.url, api_key="tml-unknown").get_server_capabilities().result(WAIT_S)
 
 
 def test_the_command_line_knows_who_it_is(server: Server, given: dict[str, str]):
