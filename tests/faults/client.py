@@ -141,8 +141,8 @@ class Trainer:
         later = [submit(1), submit(2)]
         return [self.client.result(request_id).content for request_id in (submit(0), *later)]
 
-    def optim_step(self, eps: float) -> dict[str, Any]:
-        adam = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": eps}
+    def optim_step(self, learning_rate: float, eps: float) -> dict[str, Any]:
+        adam = {"learning_rate": learning_rate, "beta1": 0.9, "beta2": 0.95, "eps": eps}
         return self.client.run("optim_step", **self.sequenced(adam_params=adam)).json()
 
     def save(self, name: str) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from tests.faults.client import Client, Lost, Trainer
 from tx.tinker.wire import tinker_pb2
 
-EXACT_EPS, TOLERANT_EPS = 1e-12, 1e-3
-"""Adam's eps. The tolerant tenants' micro-batches depend on what has arrived, and a small eps would turn rounding of
-tiny gradients into whole steps."""
+EXACT, TOLERANT = (1e-2, 1e-12), (1e-3, 1e-3)
+"""Adam's learning rate and eps. The tolerant tenants' micro-batches depend on what has arrived, and a small eps would
+turn rounding of tiny gradients into whole steps."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tenant:
             else:
                 replies = model.forward_backward_in_chunks(step)
             losses += [tinker_pb2.ForwardBackwardOutput.FromString(reply).metrics["loss:sum"] for reply in replies]
-            model.optim_step(EXACT_EPS if self.exact else TOLERANT_EPS)
+            model.optim_step(*(EXACT if self.exact else TOLERANT))
             if step % 3 == 1 and self.exact:
                 samples.append(model.sample_here(step))
             if step == steps // 2:  # go on from a checkpoint, in another model

@@ -8,7 +8,9 @@ import threading
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlmodel import select
 
+from tests.support.openapi import Document
 from tx import types
 from tx.tinker import db as tables
 from tx.tinker.api import create_app
@@ -91,11 +93,17 @@ class StandInEngine:
                 model = session.get(Model, job.model_id)
             model.state = "ready"
             rows = [model]
-            answer = {"model_id": job.model_id}
+            answer = {"model_id": job.model_id, "type": job.kind}
+            if job.kind == "load_weights":
+                answer["path"] = body["path"]
         elif job.kind in ("save_weights", "save_weights_for_sampler") and body.get("path"):
             kind = "weights" if job.kind == "save_weights" else "sampler_weights"
+            with tables.reading(self.db) as session:
+                named = {"model_id": job.model_id, "kind": kind, "name": body["path"]}
+                replaced = session.exec(select(Checkpoint.id).filter_by(**named)).first()
             rows = [
                 Checkpoint(
+                    id=replaced,
                     model_id=job.model_id,
                     kind=kind,
                     name=body["path"],
@@ -106,21 +114,43 @@ class StandInEngine:
                     seq_id=job.seq_id,
                 )
             ]
-            answer = {"path": f"tinker://{job.model_id}/{kind}/{body['path']}"}
+            answer = {"path": f"tinker://{job.model_id}/{kind}/{body['path']}", "type": job.kind}
         elif job.kind == "save_weights_for_sampler":
-            answer = {"sampling_session_id": f"{job.session_id}:sample:{body['sampling_session_seq_id']}"}
+            answer = {"sampling_session_id": f"{job.session_id}:sample:{body['sampling_session_seq_id']}", "path": None}
+            answer["type"] = job.kind
+        elif job.kind == "load_weights":
+            answer = {"model_id": job.model_id, "path": body["path"], "type": job.kind}
+        elif job.kind == "unload_model":
+            answer = {"model_id": job.model_id, "type": job.kind}
+        elif job.kind == "optim_step":
+            answer = {"metrics": {"grad_norm:mean": 1.0}, "type": job.kind}
         else:
-            answer = {"metrics": {"grad_norm:mean": 1.0}}
+            answer = {"path": f"tinker://{job.model_id}/external_weights/{body['path']}", "type": job.kind}
         return Outcome(job.request_id, codec.encode_json(answer), rows=rows)
 
 
+_document: Document | None = None  # the same for every service
+
+
 class Client(TestClient):
-    """HTTP client with the protocol's everyday sequences."""
+    """HTTP client with the protocol's everyday sequences. Every reply has to be one that the document declares."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(create_app(service), base_url="http://test/api/v1/")
         self.service = service
         self._seq = itertools.count(1)
+
+    def request(self, *args, **kwargs):
+        reply = super().request(*args, **kwargs)
+        for one in (*reply.history, reply):
+            self._document().check(one, self.app.root_path)
+        return reply
+
+    def _document(self) -> Document:
+        global _document
+        if _document is None:
+            _document = Document(self.app.openapi())
+        return _document
 
     def ask(self, route: str, /, status: int = 200, **body) -> dict:
         reply = self.post(route, json=body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -402,3 +403,20 @@ def test_request_ids_grow_and_are_never_reused(db, jobs):
     with writing(db) as session:
         session.delete(session.get(Job, first))
     assert ids(jobs.append([new(1)]))[0] > first
+
+
+def test_retention_keeps_the_database_small(sqlite_url, tmp_path):
+    """Many rounds of work, each pruned: the file grows by the rows' accounting, not by what they carried."""
+    database = open_database(sqlite_url)
+    table = JobTable(database)
+    sizes, body = [], bytes(20_000)
+    for number in range(6):
+        asks = [replace(sample(100 * number + n), payload=body) for n in range(100)]
+        requests = ids(table.append(asks))
+        table.commit([Outcome(request, body) for request in requests])
+        table.prune(before=now() + 60)
+        sizes.append((tmp_path / "tx.db").stat().st_size)
+    carried = 100 * 2 * len(body)
+    assert sizes[0] < 2 * carried
+    assert sizes[-1] - sizes[0] < 0.2 * carried
+    database.dispose()

@@ -58,6 +58,14 @@ def test_a_load_makes_everything_before_it_irrelevant():
     assert (replay.start, seqs(replay)) == (None, [6, 7])
 
 
+def test_a_model_that_was_saved_before_its_first_step_starts_from_there():
+    """Its creation may have been pruned by then."""
+    history = [job(1, 0, "create_model", payload=None), job(2, 1, "forward_backward")]
+    replay = plan_replay(MODEL, history, [checkpoint(0)])
+    assert replay.start.seq_id == 0
+    assert seqs(replay) == [1]
+
+
 def test_chunks_are_replayed_in_seq_order_whatever_the_arrival():
     history = [job(1, 0, "create_model"), job(2, 2, "forward_backward"), job(3, 1, "forward_backward")]
     assert seqs(plan_replay(MODEL, history[::-1], [])) == [0, 1, 2]

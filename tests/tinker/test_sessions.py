@@ -75,10 +75,15 @@ def test_without_a_key_every_creation_is_new(sessions):
 
 def test_heartbeat_and_finish(sessions):
     session = sessions.create(row())
-    assert sessions.heartbeat(session).heartbeat_at > 0
+    other = sessions.create(row())
+    assert sessions.heartbeat(session, other, "nobody") == {session: True, other: True}
+    before = sessions.get(session).heartbeat_at
+    assert before > 0
     sessions.finish(session, "errored", "why")
     sessions.finish(session, "success", None)
+    assert sessions.heartbeat(session, other) == {session: False, other: True}
     ended = sessions.get(session)
+    assert ended.heartbeat_at == before
     assert (ended.finish_reason, ended.finish_detail) == ("errored", "why")
     with pytest.raises(InvalidInput, match="session_id"):
         sessions.get_open(session)
@@ -99,9 +104,8 @@ def test_nothing_is_found_for_unknown_ids(sessions):
     for find in (sessions.get, sessions.model, sessions.model_for_work, sessions.sampler, sessions.sampler_for_work):
         with pytest.raises(NotFound):
             find("nobody")
-    for act in (sessions.heartbeat, lambda name: sessions.finish(name, "success", None)):
-        with pytest.raises(NotFound):
-            act("nobody")
+    with pytest.raises(NotFound):
+        sessions.finish("nobody", "success", None)
     with pytest.raises(NotFound):
         sessions.create_sampler(sampler("nobody"))
 

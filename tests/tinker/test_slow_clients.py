@@ -70,7 +70,7 @@ def test_a_body_that_does_not_come_is_a_408_and_others_are_served(address, monke
 def test_who_waits_for_an_answer_is_left_alone(address, monkeypatch, client):
     monkeypatch.setattr(slow_clients, "HEADERS_S", 0.05)
     monkeypatch.setattr(slow_clients, "BODY_S", 0.05)
-    monkeypatch.setattr("tx.tinker.routes.futures.HOLD_S", 0.5)
+    client.service.hold_s = 0.5
     future = client.sample(client.new_sampler())  # which no engine answers
     body = f'{{"request_id": "{future["request_id"]}"}}'.encode()
     head = f"POST /api/v1/retrieve_future HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()

@@ -1,7 +1,8 @@
 """The HTTP process: ``python -m tx.tinker.api --help``.
 
 It validates requests, appends them to the job table, hands out results, and starts and watches the engine process. It
-answers as soon as it listens, while the engine still loads: jobs wait in the table. It never loads JAX.
+answers as soon as it listens, while the engine still loads: jobs wait in the table. It never loads JAX. With
+``--api-workers`` it is only the parent of several that do this, and of the engine (``tx.tinker.api_workers``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -41,9 +42,11 @@ from tx.errors import (
     TxError,
     Unauthorized,
 )
-from tx.tinker.auth import ANYBODY
+from tx.tinker import api_workers, openapi
+from tx.tinker.auth import ANYBODY, KeyRing
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
+from tx.tinker.metrics import Metrics
 from tx.tinker.routes import (
     admin,
     checkpoints,
@@ -57,7 +60,7 @@ from tx.tinker.routes import (
     training,
     weights,
 )
-from tx.tinker.service import Service
+from tx.tinker.service import Service, service_of
 from tx.tinker.slow_clients import Connection, body_deadline
 from tx.tinker.supervisor import Supervisor, engine_command
 from tx.utils.log import set_up
@@ -65,6 +68,7 @@ from tx.utils.log import set_up
 log = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
+ROUTERS = (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin)
 MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
@@ -77,6 +81,8 @@ _OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/files/")
 
 _UNCOUNTED = f"{PREFIX}/session_heartbeat"
 """Never refused for its key's rate: a client that is told to wait is not one that has died."""
+
+_NO_NUL = "text without NUL characters"
 
 _SWEEP_S = 300.0
 _LOOK_FOR_ABANDONED_S = 10.0
@@ -96,23 +102,42 @@ STATUS: dict[type[Exception], int] = {
 """Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
 
 
-def create_app(service_: Service) -> FastAPI:
-    """The application around one service; closing the service is the caller's."""
+_KEEP_ALIVE_S = 30
+"""Longer than a client's heartbeats are apart: each would find its connection closed, or closing."""
+
+_SWITCH_S = 0.0005
+"""How long a thread that computes may keep the interpreter from the event loop; Python's own 5 ms add up."""
+
+
+def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
+    """The application around one service; closing the service is the caller's.
+
+    Args:
+        keeps_house: whether this process deletes what has expired; of several on one database one is enough, and more
+            do no harm.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chores = [
-            asyncio.create_task(_repeat(service_.sweep, _SWEEP_S)),
-            asyncio.create_task(_repeat(service_.cancel_abandoned, _LOOK_FOR_ABANDONED_S)),
+            asyncio.create_task(_repeat(chore, every_s))
+            for chore, every_s in (
+                (service_.sweep, _SWEEP_S),
+                (service_.cancel_abandoned, _LOOK_FOR_ABANDONED_S),
+            )
+            if keeps_house
         ]
         yield
         for chore in chores:
             chore.cancel()
 
-    app = FastAPI(title="tx", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="tx", version=__version__, lifespan=lifespan, generate_unique_id_function=lambda route: route.name
+    )
     app.state.service = service_
-    for module in (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin):
-        app.include_router(module.router, prefix=PREFIX)
+    for module in ROUTERS:
+        app.include_router(module.router, prefix=PREFIX, tags=[openapi.tag_of(module)])
+    openapi.publish(app, ROUTERS, PREFIX, service_of, _statuses_at_the_gate)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -160,13 +185,16 @@ def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> J
     return JSONResponse({"detail": detail or "No details."}, status_code=status, headers=headers)
 
 
+_IN_TURNS = {f"{PREFIX}/{name}" for name in ("asample", "forward_backward", "forward", "optim_step", "retrieve_future")}
+"""Routes whose requests come by the thousand at once."""
+
+
 class _Gate:
-    """Around everything: who asks, the body's limits, one answer for the unforeseen, count and time of each request."""
+    """Around everything: who asks, what no address and no body may be, turns, an answer for the unforeseen, a count."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._auth = service.auth
-        self._metrics = service.metrics
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -183,11 +211,13 @@ class _Gate:
         try:
             try:
                 self._admit(scope)
-            except (Unauthorized, Overloaded):
+                _check_address(scope)
+            except (Unauthorized, Overloaded, InvalidInput):
                 await _read_body(receive, keep=False)  # who still writes would not read our answer
                 raise
             body = await _read_body(receive)
-            await self._app(scope, _replay(body, receive), counted_send)
+            async with self._service.turns if scope["path"] in _IN_TURNS else contextlib.nullcontext():
+                await self._app(scope, _replay(body, receive), counted_send)
         except TxError as error:  # ours: those of the routes are answered inside
             await _reply(status_of(error), str(error), _headers_of(error))(scope, receive, counted_send)
         except Exception:
@@ -197,17 +227,35 @@ class _Gate:
                 await _reply(500, f"Internal error {name}; the server's log has more.")(scope, receive, counted_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.count("tx_http_requests_total", route=route, status=str(status))
-            self._metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+            self._service.metrics.count("tx_http_requests_total", route=route, status=str(status))
+            self._service.metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
 
     def _admit(self, scope: Scope) -> None:
         """Find the caller and note him for the routes; raises Unauthorized or Overloaded."""
-        path, caller = scope["path"], ANYBODY
-        if path != _OPEN[0] and not path.startswith(_OPEN[1]):
-            caller = self._auth.caller(dict(scope["headers"]))
-            if path != _UNCOUNTED:
-                self._auth.count(caller)
+        statuses, caller, auth = _statuses_at_the_gate(scope["path"]), ANYBODY, self._service.auth
+        if 401 in statuses:
+            caller = auth.caller(dict(scope["headers"]))
+        if 429 in statuses:
+            auth.count(caller)
         scope.setdefault("state", {})["caller"] = caller
+
+
+def _statuses_at_the_gate(path: str) -> tuple[int, ...]:
+    """How a request may be refused for its key, or for the rate of that."""
+    if path == _OPEN[0] or path.startswith(_OPEN[1]):
+        return ()
+    return (401,) if path == _UNCOUNTED else (401, 429)
+
+
+def _check_address(scope: Scope) -> None:
+    """Refuse NUL characters wherever a parameter can be: PostgreSQL can't even be asked for them."""
+    if "\0" in scope["path"]:
+        raise InvalidInput("path", scope["path"], _NO_NUL)
+    if b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
+        raise InvalidInput("query", scope["query_string"].decode("latin-1"), _NO_NUL)
+    for name, value in scope["headers"]:
+        if b"\0" in value:
+            raise InvalidInput(name.decode("latin-1"), value.decode("latin-1"), _NO_NUL)
 
 
 async def _read_body(receive: Receive, *, keep: bool = True) -> bytes:
@@ -260,11 +308,23 @@ async def _repeat(chore: Callable[[], object], every_s: float) -> None:
 class _Server(uvicorn.Server):
     """Stops the long polls and the engine with the first signal instead of after the last connection."""
 
-    def __init__(self, config: uvicorn.Config, service_: Service, supervisor: Supervisor | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service_: Service,
+        supervisor: Supervisor | None,
+        on_listening: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self._service = service_
         self._supervisor = supervisor
+        self._on_listening = on_listening
         self.exit_code = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """From here on connections are accepted."""
+        await super().startup(sockets)
+        self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Runs in the signal handler: only flags and a signal to the engine."""
@@ -276,6 +336,10 @@ class _Server(uvicorn.Server):
     def on_engine_fatal(self, code: int) -> None:
         """The engine said why it can't start; so can't we."""
         self.exit_code = code
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop as a signal would; any thread may ask for it."""
         self._service.watcher.stop()
         self.should_exit = True
 
@@ -285,8 +349,18 @@ def run(config: TxConfig) -> int:
     if not config.external_engine:
         config.check_demo()
     listener = _listen(config)
-    db = open_database(config.resolved_database_url)
-    service_ = Service(config, db)
+    host, port = listener.getsockname()[:2]
+    if config.api_workers > 1:
+        # Once for all workers: migrated, read and told, or said why it can't be.
+        open_database(config.resolved_database_url).dispose()
+        keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
+        log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+        _tell_who_may_come(config, keys)
+        try:
+            return api_workers.run(config, listener)
+        finally:
+            log.info("Stopped.")
+    service_ = Service(config, open_database(config.resolved_database_url))
     servers: list[_Server] = []
     supervisor = None
     if not config.external_engine:
@@ -296,14 +370,10 @@ def run(config: TxConfig) -> int:
             on_fatal=lambda code: servers[0].on_engine_fatal(code),
         )
         service_.engine_process = supervisor
-    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
-    options.update(http=Connection, limit_concurrency=max(_SPARE_FILES, _file_limit() - _SPARE_FILES))
-    options["log_level"] = "info" if config.log_level == "debug" else "warning"  # what uvicorn has to tell, we tell
-    server = _Server(uvicorn.Config(create_app(service_), **options), service_, supervisor)
+    server = _Server(_uvicorn_config(config, create_app(service_)), service_, supervisor)
     servers.append(server)
-    host, port = listener.getsockname()[:2]
     log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
-    _tell_who_may_come(config, service_)
+    _tell_who_may_come(config, service_.auth.keys)
     try:
         if supervisor is not None:
             supervisor.start()
@@ -316,8 +386,36 @@ def run(config: TxConfig) -> int:
     return server.exit_code
 
 
-def _tell_who_may_come(config: TxConfig, service_: Service) -> None:
-    keys = service_.auth.keys
+def run_worker(config: TxConfig) -> int:
+    """One of several API processes: serve until our parent says otherwise, or is gone; the exit code."""
+    parent = api_workers.Parent()
+    db = open_database(config.resolved_database_url, api_workers.connections_of_each(config))
+    service_ = Service(config, db, None if config.external_engine else parent)
+    service_.metrics = Metrics(api_worker=str(parent.number))
+    app = create_app(service_, keeps_house=parent.number == api_workers.FIRST)
+    server = _Server(_uvicorn_config(config, app), service_, None, on_listening=parent.say_ready)
+    parent.watch(server.leave)
+    try:
+        server.run(sockets=[parent.listener])
+    finally:
+        service_.close()
+    return server.exit_code
+
+
+def _uvicorn_config(config: TxConfig, app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        limit_concurrency=max(_SPARE_FILES, _file_limit() - _SPARE_FILES),
+        log_config=None,
+        access_log=False,
+        log_level="info" if config.log_level == "debug" else "warning",  # what uvicorn has to tell, we tell
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+
+
+def _tell_who_may_come(config: TxConfig, keys: KeyRing | None) -> None:
     if keys is not None:
         log.info("%d API keys may enter; each finds what is its own", len(keys))
     elif config.is_local:
@@ -357,11 +455,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv, prog="python -m tx.tinker.api")
     set_up("api", config.log_level)
     _raise_file_limit()
+    sys.setswitchinterval(_SWITCH_S)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:
         _make_data_folder(config)
-        return run(config)
+        return run_worker(config) if api_workers.Parent.made_us() else run(config)
     except StartupError as error:
         fail(error)
 

@@ -28,12 +28,12 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _POSITIVE = {"ge": 1}
 _COUNT = {"ge": 0}
 _PRICE: dict[str, Any] = {"ge": 0, "allow_inf_nan": False}
+_OF_THE_API = ("database_url", "host", "port", "api_keys_file", "api_workers", "external_engine")
+"""Fields that the engine's command line doesn't have: its database is named in its environment."""
+
 _FALSE = {"0", "false", "no", "off"}
 _TRUE = {"1", "true", "yes", "on"}
 
-
-_OF_API_ALONE = ("database_url", "host", "port", "api_keys_file", "external_engine")
-"""Flags that an engine is not given on its command line."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -75,6 +75,7 @@ class TxConfig(BaseModel):
     api_keys_file: Path | None = _flag(
         None, "file of the API keys that are accepted, made by `python -m tx.tinker.keys` (default: any key, or none)"
     )
+    api_workers: int = _flag(1, "API processes that share the port", ge=1, le=64)
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
     checkpoints_base: Base | None = _flag(
@@ -196,7 +197,7 @@ class TxConfig(BaseModel):
         argv: list[str] = []
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is None or value == () or name in _OF_API_ALONE:
+            if value is None or value == () or name in _OF_THE_API:
                 continue
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):

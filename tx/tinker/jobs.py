@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 from sqlalchemy import CursorResult, and_, bindparam, case, delete, func, insert, or_, text, update
 from sqlalchemy import select as select_columns
+from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
@@ -125,7 +126,7 @@ class JobTable:
 
     Args:
         max_queued_samples: unfinished sequences of one base model past which samples are refused (None: never).
-        owner: whose jobs ``get`` finds (None: everybody's).
+        owner: whose jobs ``get``, ``answer`` and ``is_over`` find (None: everybody's).
     """
 
     def __init__(
@@ -242,6 +243,17 @@ class JobTable:
                 found.update(session.connection().execute(_FINISHED, {"ids": chunk}).scalars())
         return found
 
+    def answer(self, request_id: int) -> Any:
+        """What a client is told of a job: a row with the columns ``ANSWERED``; None if there is no such job."""
+        with self._db.connect() as connection:
+            return self._one(connection, _ANSWER, request_id).first()
+
+    def is_over(self, request_id: int) -> bool:
+        """Whether nobody need wait for this one: it is done, failed, or was never there. Cheap as ``finished_ids``."""
+        with self._db.connect() as connection:
+            status = self._one(connection, _STATUS, request_id).scalar()
+        return status not in _UNFINISHED
+
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
         """Those of these jobs that are done or failed, with their results."""
         found: dict[int, Job] = {}
@@ -254,10 +266,14 @@ class JobTable:
     def get(self, request_id: int) -> Job | None:
         """One job, whatever its status."""
         with reading(self._db) as session:
-            if self._owner is None:
-                return session.get(Job, request_id)
-            given = {"request_id": request_id, "owner": self._owner}
-            return cast("Job | None", session.execute(_JOB_OF_OWNER, given).scalars().first())
+            return cast("Job | None", self._one(session, _WHOLE, request_id).scalars().first())
+
+    def _one(self, connection: Connection | DbSession, queries: tuple[Any, Any], request_id: int) -> Any:
+        """What the query for everybody finds, or the one for an owner."""
+        of_all, of_owner = queries
+        if self._owner is None:
+            return connection.execute(of_all, {"id": request_id})
+        return connection.execute(of_owner, {"id": request_id, "owner": self._owner})
 
     def completions(self, sampler_id: str, after: int, limit: int = 1000) -> list[Completion]:
         """Which jobs of a sampler finished after that ``finish_seq``, in order; reads no payloads and no results."""
@@ -324,13 +340,15 @@ class JobTable:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
 
         A model is rebuilt from a training checkpoint with optimizer state or from a recovery point, so payloads up to
-        the newest checkpoint's seq are free to go, and up to that of a point which has a newer one behind it; without
-        either, all its payloads are needed.
+        the seq of the newest checkpoint that doesn't expire are free to go, and up to that of a point which has a newer
+        one behind it; without either, all its payloads are needed. A load that may be replayed keeps its result, which
+        tells whether its path still has the same weights.
         """
         finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
         newest = (
             select(func.max(Checkpoint.seq_id))
             .where(Checkpoint.model_id == Job.model_id, Checkpoint.kind == "weights", col(Checkpoint.has_optimizer))
+            .where(col(Checkpoint.expires_at).is_(None))
             .correlate(Job)
             .scalar_subquery()
         )
@@ -353,11 +371,16 @@ class JobTable:
             col(Job.seq_id) <= newest,
             col(Job.seq_id) <= superseded,
         )
-        with writing(self._db) as session:
-            results = _rows(session, update(Job).where(*finished, col(Job.result).is_not(None)).values(result=None))
-            payloads = _rows(
-                session, update(Job).where(*finished, col(Job.payload).is_not(None), needless).values(payload=None)
-            )
+        has_result = and_(col(Job.result).is_not(None), or_(col(Job.kind) != "load_weights", needless))
+        has_payload = and_(col(Job.payload).is_not(None), needless)
+        with reading(self._db) as session:  # the whole table is looked at, so nobody may have to wait for it
+            ids = session.exec(select(Job.request_id).where(*finished, or_(has_result, has_payload))).all()
+        results = payloads = 0
+        for chunk in _chunks(cast(list[int], ids)):
+            these = col(Job.request_id).in_(chunk)
+            with writing(self._db) as session:  # asked again: what a recovery starts from may have gone meanwhile
+                results += _rows(session, update(Job).where(these, *finished, has_result).values(result=None))
+                payloads += _rows(session, update(Job).where(these, *finished, has_payload).values(payload=None))
         return results + payloads
 
     def _announce(self, *topics: Topic) -> None:
@@ -389,14 +412,23 @@ _CLAIM = _CLAIM.values(status="running", claimed_at=bindparam("time")).returning
 
 _FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done", "failed")))
 
+ANSWERED = (
+    "request_id", "kind", "base_model", "status", "result", "result_type", "error", "category", "started_at",
+)  # fmt: skip
+
+
+def _one_job(*columns: Any) -> tuple[Any, Any]:
+    """The query for everybody, and the one that finds an owner's alone."""
+    of_all = select_columns(*columns).where(_JOB.request_id == bindparam("id"))
+    of_owner = of_all.join(Session, col(Session.session_id) == _JOB.session_id)
+    return of_all, of_owner.where(col(Session.owner) == bindparam("owner"))
+
+
+_ANSWER = _one_job(*(_JOB[name] for name in ANSWERED))
+_STATUS = _one_job(_JOB.status)
+_WHOLE = _one_job(Job)
+
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
-
-
-_JOB_OF_OWNER = (
-    select_columns(Job)
-    .join(Session, col(Session.session_id) == col(Job.session_id))
-    .where(col(Job.request_id) == bindparam("request_id"), col(Session.owner) == bindparam("owner"))
-)
 
 
 @cache

@@ -15,21 +15,26 @@ _Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
-    """Thread-safe; a series appears with its first observation."""
+    """Thread-safe; a series appears with its first observation.
 
-    def __init__(self) -> None:
+    Args:
+        common: labels of every series.
+    """
+
+    def __init__(self, **common: str) -> None:
         self._lock = threading.Lock()
+        self._common = common
         self._counters: dict[tuple[str, _Labels], float] = defaultdict(float)
         self._histograms: dict[tuple[str, _Labels], list[float]] = {}
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
         with self._lock:
-            self._counters[name, tuple(sorted(labels.items()))] += amount
+            self._counters[name, self._key(labels)] += amount
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add one duration to a histogram."""
-        key = (name, tuple(sorted(labels.items())))
+        key = (name, self._key(labels))
         with self._lock:
             # One cell per bucket, one for what is slower than all of them, and the sum.
             cells = self._histograms.setdefault(key, [0.0] * (len(_BUCKETS_S) + 2))
@@ -53,8 +58,11 @@ class Metrics:
                     if series == name:
                         lines += _histogram_lines(name, labels, cells)
         for name, value in sorted(gauges.items()):
-            lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
+            lines += [f"# TYPE {name} gauge", f"{name}{_labels(self._key({}))} {value:g}"]
         return "\n".join(lines) + "\n"
+
+    def _key(self, labels: dict[str, str]) -> _Labels:
+        return tuple(sorted((self._common | labels).items()))
 
 
 def _histogram_lines(name: str, labels: _Labels, cells: list[float]) -> list[str]:

@@ -43,7 +43,8 @@ class ChangeSignal:
     """One waiter's view of the database's changes. ``wait`` belongs to one thread; ``announce`` to any.
 
     Args:
-        hears: what wakes this one at once; on SQLite any other commit still does after ``PROBE_S``.
+        hears: what wakes this one at once; on SQLite any other commit still does after ``PROBE_S``. Whoever only
+            announces hears nothing: PostgreSQL keeps what a listener doesn't fetch.
     """
 
     def __init__(self, url: str, hears: tuple[Topic, ...] = TOPICS) -> None:
@@ -176,11 +177,14 @@ class _PostgresSignal:
         self._url = url
         self._hears = hears
         # Two connections: a listener holds its own for as long as it waits.
-        self._listener = self._listen()
+        self._listener = self._listen() if hears else None
         self._announcer: psycopg.Connection | None = None
         self._lock = threading.Lock()
 
     def wait(self, timeout: float) -> bool:
+        if self._listener is None:
+            time.sleep(timeout)
+            return False
         try:
             heard = False
             for _ in self._listener.notifies(timeout=timeout, stop_after=1):
@@ -202,7 +206,8 @@ class _PostgresSignal:
                 self._notify(topics)
 
     def close(self) -> None:
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._announcer is not None:
             self._announcer.close()
 

@@ -78,7 +78,7 @@ def _newest(effects: Sequence[Job], starts: Sequence[Checkpoint | RecoveryPoint]
     if any(job.seq_id is None for job in effects):
         return None
     first, last = _seq(effects[0]), _seq(effects[-1])
-    whole = [start for start in starts if _is_whole(start) and first < _seq(start) <= last]
+    whole = [start for start in starts if _is_whole(start) and first <= _seq(start) <= last]
     return max(whole, key=lambda start: (_seq(start), isinstance(start, RecoveryPoint), start.created_at), default=None)
 
 

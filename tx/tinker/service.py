@@ -6,15 +6,17 @@ of their own. It knows HTTP only as far as FastAPI's dependencies go.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BaseModel
 from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
@@ -25,11 +27,12 @@ from tx.tinker.auth import ANYBODY, Auth, Caller
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, reading, writing
-from tx.tinker.futures import Appender, Watcher
+from tx.tinker.db import Checkpoint, Engine, RecordedSequence, now, reading, writing
+from tx.tinker.futures import Appender, Heartbeats, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
 from tx.tinker.notify import ChangeSignal
+from tx.tinker.openapi import describes_body
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.signing import UrlSigner
 from tx.tinker.wire import responses
@@ -41,6 +44,12 @@ ALIVE_S = 15.0
 """An engine writes its heartbeat every second; one that was silent for longer is not counted on."""
 
 _COUNT_EVERY_S = 1.0
+
+HOLD_S = 25.0
+"""Clients cut a silent poll at 45 s and ask again at once after a 408 (protocol §2.5)."""
+_TURNS = 16
+"""Requests that are worked on at the same time, of those that come by the thousand. More would only delay heartbeats,
+and whatever else is on the event loop: one process has one core."""
 
 KEEP_RESULTS_S = 24 * 3600.0
 KEEP_RECORDINGS_S = 24 * 3600.0
@@ -70,6 +79,7 @@ class Service:
 
     Args:
         clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
+        hold_s: how long a poll is held while there is nothing to answer.
     """
 
     def __init__(
@@ -79,14 +89,16 @@ class Service:
         engine_process: EngineProcess | None = None,
         *,
         clock: Callable[[], float] = now,
+        hold_s: float = HOLD_S,
     ) -> None:
         self.config = config
         self.db = db
         self.engine_process = engine_process
-        self._signals = [ChangeSignal(config.resolved_database_url, ("finished",)) for _ in range(2)]
+        self._signals = [ChangeSignal(config.resolved_database_url, hears) for hears in ((), ("finished",))]
         self.clock = clock
         self.caller = ANYBODY
         self.auth = Auth(config.api_keys_file, db)
+        self.hold_s = hold_s
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
         self._count_lock = threading.Lock()
@@ -96,13 +108,25 @@ class Service:
         self.folders = CheckpointFolders(config.checkpoints_folder)
         self.signer = UrlSigner(db)
         self.appender = Appender(self.jobs)
+        self.heartbeats = Heartbeats(self.sessions)
         self.watcher = Watcher(self.jobs, self._signals[1])
         self.metrics = Metrics()
+        self.turns = asyncio.Semaphore(_TURNS)
+
+    @contextlib.asynccontextmanager
+    async def out_of_turn(self) -> AsyncIterator[None]:
+        """For a request that has its turn and nothing to do now: let others have it meanwhile."""
+        self.turns.release()
+        try:
+            yield
+        finally:
+            await self.turns.acquire()
 
     def close(self) -> None:
         """Stop the threads and let go of the database."""
         self.watcher.close()
         self.appender.close()
+        self.heartbeats.close()
         for signal in self._signals:
             signal.close()
         self.db.dispose()
@@ -172,8 +196,8 @@ class Service:
             {"status": status, "engine": row.state, "base_model": name, "detail": row.detail or None}
         )
 
-    def queue_state(self, job: Job) -> tuple[responses.QueueState, str | None]:
-        """Whether a job that is not finished can go on, and if not, why."""
+    def queue_state(self, job: Any) -> tuple[responses.QueueState, str | None]:
+        """Whether a job (``JobTable.answer``) that is not finished can go on, and if not, why."""
         engine = self.engine(job.base_model)
         if engine is None:
             return "paused_capacity", f"The engine of {job.base_model} has not started yet."
@@ -236,21 +260,37 @@ class Service:
             log.warning("Checkpoint %s is gone, but its files remain: %s", checkpoint.folder, error)
 
 
-async def _service(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
+    """Dependency: the service that the application serves, bound to the caller whom the gate has found."""
+    # Not a plain function: FastAPI would send each request through the thread pool for it.
     service: Service = request.app.state.service
-    return service.bound_to(request.state.caller)  # whom the gate before all routes has found
+    return service.bound_to(request.state.caller)
 
 
-Api = Annotated[Service, Depends(_service)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Offset = Annotated[int, Query(ge=0, le=2**31)]
-AccessScope = Literal["owned", "accessible"]
-"""Of a listing: what the caller owns, or may see: that is the runs with a published checkpoint, too."""
+Api = Annotated[Service, Depends(service_of)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries in the reply.")]
+Offset = Annotated[int, Query(ge=0, le=2**31, description="Entries to skip.")]
+AccessScope = Annotated[
+    Literal["owned", "accessible"],
+    Query(description="What the caller owns, or may see: that is the runs with a published checkpoint, too."),
+]
+SessionId = Annotated[str, Path(description="As `create_session` gave it.")]
+ModelId = Annotated[str, Path(description="`<session_id>:train:<model_seq_id>`; a model is a training run.")]
+SamplerId = Annotated[str, Path(description="`<session_id>:sample:<sampling_session_seq_id>`.")]
+CheckpointId = Annotated[str, Path(description="`<weights|sampler_weights|external_weights>/<name>`, slash and all.")]
+CheckpointKind = Annotated[str, Path(description="`weights`, `sampler_weights` or `external_weights`.")]
+CheckpointName = Annotated[str, Path(description="What the checkpoint was saved as.")]
+Expires = Annotated[str, Query(description="Of the signed URL: seconds since the epoch.")]
+Signature = Annotated[str, Query(description="Of the signed URL.")]
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=300, description="The same for each retry of a request: it is carried out once.")
+]
 
 
 def body[Body: BaseModel](model: type[Body]) -> Any:
     """Dependency: the JSON body as ``model``, whatever the content type says."""
 
+    @describes_body(model)
     async def read(request: Request) -> Body:
         return parse(model, await request.body())
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection
 from typing import cast
 
 from sqlalchemy import bindparam, update
+from sqlalchemy import select as select_columns
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import col, or_, select
+from sqlmodel import SQLModel, col, or_, select
 
 from tx.errors import InvalidInput, NotFound
 from tx.tinker import audit, owners
@@ -30,11 +31,22 @@ _MODEL_AND_SESSION = (
     .join(Session, col(Session.session_id) == col(Model.session_id), isouter=True)
     .where(col(Model.model_id) == bindparam("model_id"))
 )
+_SAMPLER = SQLModel.metadata.tables[str(Sampler.__tablename__)]
+_SESSION = SQLModel.metadata.tables[str(Session.__tablename__)]
+_THESE = _SESSION.c.session_id.in_(bindparam("ids", expanding=True))
+_HEARTBEAT = update(_SESSION).where(_THESE, _SESSION.c.finished_at.is_(None)).values(heartbeat_at=bindparam("time"))
 _SAMPLER_AND_SESSION = (
-    select(Sampler, Session)
-    .join(Session, col(Session.session_id) == col(Sampler.session_id), isouter=True)
-    .where(col(Sampler.sampler_id) == bindparam("sampler_id"))
+    select_columns(_SAMPLER, _SESSION.c.finished_at, _SESSION.c.owner)
+    .join(_SESSION, _SESSION.c.session_id == _SAMPLER.c.session_id, isouter=True)
+    .where(_SAMPLER.c.sampler_id == bindparam("sampler_id"))
 )
+_OWNERS_AND_ENDS = select_columns(_SESSION.c.session_id, _SESSION.c.owner, _SESSION.c.finished_at).where(_THESE)
+
+_IDS_PER_QUERY = 500
+"""SQLite bounds the variables of one statement."""
+
+type Beat = tuple[str, str | None]
+"""A session, and the owner whom its caller is bound to."""
 
 
 class Sessions:
@@ -77,13 +89,31 @@ class Sessions:
         """A session that still takes requests."""
         return _open(self.get(session_id))
 
-    def heartbeat(self, session_id: str) -> Session:
-        """Note that the client lives."""
-        with writing(self._db) as db:
-            session = self._own(db.get(Session, session_id), session_id)
-            if session.finished_at is None:
-                session.heartbeat_at = self._clock()
-        return session
+    def heartbeat(self, *session_ids: str) -> dict[str, bool]:
+        """Note that these clients live; by session that there is, whether it is open still."""
+        beats = self.heartbeats([(session_id, self._owner) for session_id in session_ids])
+        return {session_id: is_open for (session_id, _), is_open in beats.items()}
+
+    def heartbeats(self, beats: Collection[Beat]) -> dict[Beat, bool]:
+        """As ``heartbeat``, of many owners at once: those of sessions that are not their caller's are left out."""
+        known: dict[Beat, bool] = {}
+        by_session: dict[str, set[Beat]] = {}
+        for beat in beats:
+            by_session.setdefault(beat[0], set()).add(beat)
+        session_ids = list(by_session)
+        for start in range(0, len(session_ids), _IDS_PER_QUERY):
+            chunk = session_ids[start : start + _IDS_PER_QUERY]
+            with writing(self._db) as db:
+                own = {
+                    beat: finished_at is None
+                    for session_id, owner, finished_at in db.connection().execute(_OWNERS_AND_ENDS, {"ids": chunk})
+                    for beat in by_session[session_id]
+                    if beat[1] in (None, owner)
+                }
+                alive = {"ids": list({session_id for session_id, _ in own}), "time": self._clock()}
+                db.connection().execute(_HEARTBEAT, alive)
+            known |= own
+        return known
 
     def finish(self, session_id: str, reason: str, detail: str | None) -> None:
         """End a session; the first end stays."""
@@ -128,19 +158,22 @@ class Sessions:
 
     def sampler_for_work(self, sampler_id: str) -> Sampler:
         """A sampler that still takes jobs."""
-        sampler, session = self._sampler(sampler_id)
-        if session is not None:
-            _open(session)
+        sampler, finished_at = self._sampler(sampler_id)
+        _require_open(sampler.session_id, finished_at)
         return sampler
 
     def create_sampler(self, sampler: Sampler) -> Sampler:
         """Store a sampler; a retry (same session and number, same weights) gets the first one."""
-        with writing(self._db) as db:
-            _open(self._own(db.get(Session, sampler.session_id), sampler.session_id))
-            first = db.get(Sampler, sampler.sampler_id)
-            if first is None:
-                db.add(sampler)
-                return sampler
+        try:
+            with writing(self._db) as db:
+                _open(self._own(db.get(Session, sampler.session_id), sampler.session_id))
+                first = db.get(Sampler, sampler.sampler_id)
+                if first is None:
+                    db.add(sampler.model_copy())
+        except IntegrityError:  # another API process was faster with the same number
+            first = self.sampler(sampler.sampler_id)
+        if first is None:
+            return sampler
         same = (first.model_path, first.base_model, first.kind) == (
             sampler.model_path,
             sampler.base_model,
@@ -219,15 +252,23 @@ class Sessions:
             raise NotFound(field, model_id, accepted)
         return cast(tuple[Model, Session | None], tuple(found))
 
-    def _sampler(self, sampler_id: str) -> tuple[Sampler, Session | None]:
+    def _sampler(self, sampler_id: str) -> tuple[Sampler, float | None]:
+        """And when its session was finished."""
         with reading(self._db) as db:
-            found = db.execute(_SAMPLER_AND_SESSION, {"sampler_id": sampler_id}).first()
-        if found is None or not self._is_own(found[1]):
+            found = db.connection().execute(_SAMPLER_AND_SESSION, {"sampler_id": sampler_id}).mappings().first()
+        if found is None or self._owner not in (None, found["owner"]):
             raise NotFound("sampling_session_id", sampler_id, "a sampling session of this server")
-        return cast(tuple[Sampler, Session | None], tuple(found))
+        columns = dict(found)
+        del columns["owner"]
+        finished_at: float | None = columns.pop("finished_at")
+        return Sampler(**columns), finished_at
 
 
 def _open(session: Session) -> Session:
-    if session.finished_at is not None:
-        raise InvalidInput("session_id", session.session_id, "a session that its client has not finished")
+    _require_open(session.session_id, session.finished_at)
     return session
+
+
+def _require_open(session_id: str, finished_at: float | None) -> None:
+    if finished_at is not None:
+        raise InvalidInput("session_id", session_id, "a session that its client has not finished")

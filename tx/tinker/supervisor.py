@@ -1,7 +1,8 @@
-"""Start the engine process, watch it, start it again when it dies, stop it in time. It never looks inside.
+"""Start a process, watch it, start it again when it dies, stop it in time. It never looks inside.
 
 The child holds the read end of a pipe whose write end only this process has: when this process dies, however it dies,
-the engine reads end-of-file and exits, so there are no orphans. Through a second pipe the child says that it is ready.
+the child reads end-of-file and exits, so there are no orphans. What it is to know meanwhile comes through the same
+pipe, a line each. Through a second pipe the child says that it is ready.
 
 An engine that dies again and again before it is of use is a failure that ``/healthz`` tells of. It is still started
 again, once a minute: whatever keeps it down (a full disk, a database that is away) may go.
@@ -21,13 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 log = logging.getLogger(__name__)
 
 PARENT_FD = "TX_PARENT_FD"
-"""Environment variable with the number of the pipe's read end in the engine process."""
+"""Environment variable with the number of the pipe's read end in the child."""
 
 READY_FD = "TX_READY_FD"
-"""Environment variable with the number of a pipe's write end: a byte says that the engine is ready."""
+"""Environment variable with the number of a pipe's write end: a byte says that the child is ready."""
 
 EXIT_STARTUP = 2
-"""The engine said in one sentence why it can't start; starting it again would not help."""
+"""The child said in one sentence why it can't start; starting it again would not help."""
 
 _STOP_GRACE_S = 3.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
@@ -39,49 +40,64 @@ MAX_DEATHS = 5
 
 
 class Supervisor:
-    """Owner of one engine process."""
+    """Owner of one process, the engine or an API process."""
 
     def __init__(
         self,
         argv: Sequence[str],
         environ: Mapping[str, str] | None = None,
         *,
+        name: str = "engine",
+        pass_fds: Sequence[int] = (),
         on_fatal: Callable[[int], None] = lambda code: None,
+        on_change: Callable[[], None] = lambda: None,
         first_backoff_s: float = _FIRST_BACKOFF_S,
         of_use_s: float = _OF_USE_S,
     ) -> None:
-        """``argv``: the whole command. ``on_fatal``: called (in a thread) when the engine can't start at all.
+        """The process is not started yet.
+
+        Args:
+            argv: the whole command.
+            name: what log and failures call it.
+            pass_fds: descriptors that it inherits.
+            on_fatal: called (in a thread) when it can't start at all.
+            on_change: called after ``pid``, ``restarts`` or ``failure`` have changed.
 
         Attributes:
-            restarts: how often the engine had to be started again.
-            failure: why there is no engine that is of use, until there is one.
+            restarts: how often it had to be started again.
+            failure: why there is none that is of use, until there is one.
         """
         self._argv = list(argv)
         self._environ = dict(environ or {})
+        self._name = name
+        self._pass_fds = tuple(pass_fds)
         self._on_fatal = on_fatal
+        self._on_change = on_change
+        self._told = b""
         self._first_backoff_s = first_backoff_s
         self._of_use_s = of_use_s
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._process_pipes: tuple[int, int] | None = None  # to tell it something, to hear that it is ready
         self._thread: threading.Thread | None = None
         self.restarts = 0
         self.failure: str | None = None
 
     @property
     def pid(self) -> int | None:
-        """Process id of the engine that runs now."""
+        """Process id of the one that runs now."""
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
     def start(self) -> None:
-        """Start the engine and the thread that watches it."""
+        """Start the process and the thread that watches it."""
         self._spawn()
         self._thread = threading.Thread(target=self._watch, name="supervise", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """SIGTERM, a grace period, SIGKILL. Returns when the engine is gone; may be called twice."""
+        """SIGTERM, a grace period, SIGKILL. Returns when it is gone; may be called twice."""
         self._stopping.set()
         with self._lock:
             process = self._process
@@ -90,18 +106,29 @@ class Supervisor:
             try:
                 process.wait(_STOP_GRACE_S)
             except subprocess.TimeoutExpired:
-                log.warning("The engine did not stop within %g s; killing it.", _STOP_GRACE_S)
+                log.warning("The %s did not stop within %g s; killing it.", self._name, _STOP_GRACE_S)
                 process.kill()
                 process.wait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def terminate(self) -> None:
-        """Ask the engine to stop, without waiting: for a signal handler, before ``stop``."""
+        """Ask the process to stop, without waiting: for a signal handler, before ``stop``."""
         self._stopping.set()
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
+
+    def tell(self, line: bytes) -> None:
+        """Let the process read this line; one that is started later reads only the last."""
+        with self._lock:
+            self._told = line
+            self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        if self._process_pipes is not None and line:
+            with contextlib.suppress(OSError):  # it is dead, or has not read for very long
+                os.write(self._process_pipes[0], line + b"\n")
 
     def _spawn(self) -> None:
         read_end, write_end = os.pipe()
@@ -114,17 +141,20 @@ class Supervisor:
                 self._process = subprocess.Popen(
                     self._argv,
                     env=os.environ | self._environ | pipes,
-                    pass_fds=(read_end, ready_write),
+                    pass_fds=(read_end, ready_write, *self._pass_fds),
                     stdin=subprocess.DEVNULL,
-                    # Ctrl-C in the terminal reaches only this process, which then stops the engine in order.
+                    # Ctrl-C in the terminal reaches only this process, which then stops the others in order.
                     start_new_session=True,
                 )
+                os.set_blocking(write_end, False)
                 self._process_pipes = write_end, ready_read
                 write_end = ready_read = -1
+                self._write(self._told)
         finally:
             for descriptor in (read_end, write_end, ready_read, ready_write):
                 if descriptor >= 0:
                     os.close(descriptor)
+        self._on_change()
 
     def _watch(self) -> None:
         backoff_s, deaths = self._first_backoff_s, 0
@@ -133,7 +163,8 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             if code == EXIT_STARTUP and self.restarts == 0:
-                self.failure = "The engine can't start; its message is in the log."
+                self.failure = f"The {self._name} can't start; its message is in the log."
+                self._on_change()
                 self._on_fatal(code)
                 return
             if ready_at is not None and time.monotonic() - ready_at > self._of_use_s:
@@ -141,11 +172,12 @@ class Supervisor:
             deaths += 1
             if deaths >= MAX_DEATHS:
                 self.failure = (
-                    f"The engine died {deaths} times in a row, the last time with exit code {code}; its log says why. "
-                    f"It is started again every {_MAX_BACKOFF_S:.0f} s."
+                    f"The {self._name} died {deaths} times in a row, the last time with exit code {code}; its log says "
+                    f"why. It is started again every {_MAX_BACKOFF_S:.0f} s."
                 )
                 backoff_s = max(backoff_s, _MAX_BACKOFF_S)
-            log.error("The engine exited with code %d; starting it again in %.1f s.", code, backoff_s)
+            self._on_change()
+            log.error("The %s exited with code %d; starting it again in %.1f s.", self._name, code, backoff_s)
             if self._stopping.wait(backoff_s):
                 return
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
@@ -154,14 +186,18 @@ class Supervisor:
 
     def _await_death(self, process: subprocess.Popen[bytes]) -> tuple[float | None, int]:
         """When the engine got ready, if it did, and its exit code."""
+        assert self._process_pipes is not None  # there is a process
         parent_pipe, ready_pipe = self._process_pipes
         ready_at = None
         while os.read(ready_pipe, 1):  # end-of-file comes with its death
             ready_at = time.monotonic()
             self.failure = None
+            self._on_change()
         code = process.wait()
-        os.close(parent_pipe)
-        os.close(ready_pipe)
+        with self._lock:
+            self._process_pipes = None
+            os.close(parent_pipe)
+            os.close(ready_pipe)
         return ready_at, code
 
 

@@ -10,7 +10,7 @@ import pytest
 from tx.tinker import service as service_module
 from tx.tinker.db import now
 from tx.tinker.jobs import Outcome
-from tx.tinker.routes import futures
+from tx.tinker.service import HOLD_S
 
 CANCELLED = "Cancelled by the client."
 
@@ -26,8 +26,8 @@ def pending(client, sampler):
     return client.sample(sampler)
 
 
-def test_a_pending_future_says_try_again_with_408(client, pending, engine, monkeypatch):
-    monkeypatch.setattr(futures, "HOLD_S", 0.05)
+def test_a_pending_future_says_try_again_with_408(client, pending, engine):
+    client.service.hold_s = 0.05
     reply = client.post("retrieve_future", json={"request_id": pending["request_id"]})
     assert reply.status_code == 408
     assert reply.json() == {"type": "try_again", "request_id": pending["request_id"], "queue_state": "active"}
@@ -49,7 +49,7 @@ def test_a_held_poll_wakes_with_the_commit(client, pending):
     jobs.commit([Outcome(int(pending["request_id"]), b'{"metrics": null}')])
     thread.join()
     assert replies == [{"metrics": None}]
-    assert time.monotonic() - started < futures.HOLD_S / 2
+    assert time.monotonic() - started < HOLD_S / 2
 
 
 def test_an_answer_can_be_fetched_again(client, pending):
@@ -79,28 +79,28 @@ def test_a_request_id_is_text(client):
 # ---- why it waits ----
 
 
-def state_of(client, future, monkeypatch) -> dict:
-    monkeypatch.setattr(futures, "HOLD_S", 0.0)
+def state_of(client, future) -> dict:
+    client.service.hold_s = 0.0
     reply = client.post("retrieve_future", json={"request_id": future["request_id"]})
     assert reply.status_code == 408
     return {key: value for key, value in reply.json().items() if key.startswith("queue_state")}
 
 
-def test_a_sample_that_waits_for_slots_is_told_how_many_do(client, sampler, engine, monkeypatch):
+def test_a_sample_that_waits_for_slots_is_told_how_many_do(client, sampler, engine):
     first, second = client.sample(sampler, 0, num_samples=2), client.sample(sampler, 1, num_samples=5)
     waits = {"queue_state": "paused_capacity", "queue_state_reason": "5 sequences wait for 2 decode slots."}
-    assert state_of(client, first, monkeypatch) == waits
+    assert state_of(client, first) == waits
     client.service.jobs.claim("org/base", 9)
     client.service.jobs.start([int(first["request_id"])])
-    assert state_of(client, first, monkeypatch) == {"queue_state": "active"}
-    assert state_of(client, second, monkeypatch) == waits
+    assert state_of(client, first) == {"queue_state": "active"}
+    assert state_of(client, second) == waits
 
 
-def test_training_does_not_wait_for_slots(client, sampler, engine, monkeypatch):
+def test_training_does_not_wait_for_slots(client, sampler, engine):
     client.sample(sampler, num_samples=16)
     session = client.new_session()
     create = client.ask("create_model", session_id=session, model_seq_id=0, base_model="org/base")
-    assert state_of(client, create, monkeypatch) == {"queue_state": "active"}
+    assert state_of(client, create) == {"queue_state": "active"}
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_training_does_not_wait_for_slots(client, sampler, engine, monkeypatch):
         ({"state": "ready", "age_s": 90.0}, "has been silent for 90 s."),
     ],
 )
-def test_an_engine_that_is_not_ready_is_the_reason(client, pending, engine, monkeypatch, beat, reason):
+def test_an_engine_that_is_not_ready_is_the_reason(client, pending, engine, beat, reason):
     engine.beat(**beat)
-    assert state_of(client, pending, monkeypatch) == {
+    assert state_of(client, pending) == {
         "queue_state": "paused_capacity",
         "queue_state_reason": f"The engine of org/base {reason}",
     }
@@ -236,11 +236,11 @@ def test_a_held_poll_for_completions_wakes_with_the_first(client, sampler):
     thread.join()
     assert [item["request_id"] for item in replies[0]["completions"]] == [mine["request_id"]]
     assert replies[0]["cursor"] == 2
-    assert time.monotonic() - started < futures.HOLD_S / 2
+    assert time.monotonic() - started < HOLD_S / 2
 
 
-def test_polls_for_completions_end_by_themselves(client, sampler, monkeypatch):
-    monkeypatch.setattr(futures, "HOLD_S", 0.05)
+def test_polls_for_completions_end_by_themselves(client, sampler):
+    client.service.hold_s = 0.05
     assert poll(client, sampler, cursor=4, timeout=600.0) == {"completions": [], "cursor": 4}
     assert poll(client, sampler, timeout=None) == {"completions": [], "cursor": 0}
 

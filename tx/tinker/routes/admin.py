@@ -13,11 +13,14 @@ from sqlmodel import col, select
 from tx.errors import InvalidInput
 from tx.tinker import owners, telemetry, traces, usage
 from tx.tinker.db import AuditEntry, now, reading
-from tx.tinker.service import Api, Limit, Service
+from tx.tinker.openapi import refuses
+from tx.tinker.service import Api, Expires, Limit, Service, SessionId, Signature
 from tx.tinker.wire import admin
 from tx.tinker.wire.responses import timestamp
 
 router = APIRouter()
+
+Hour = Annotated[str, Query(description="A full hour, RFC 3339: 2026-07-13T00:00:00Z. Without a zone it is UTC.")]
 
 MAX_USAGE_WINDOW = timedelta(days=14)
 MAX_AUDIT_ENTRIES = 10_000
@@ -28,11 +31,10 @@ TRACE_URL_LIFE_S = 3600
 
 
 @router.get("/billing/usage/events", response_model_exclude_none=True)
-def usage_events(api: Api, starting_on: str, ending_before: str) -> admin.Usage:
+def usage_events(api: Api, starting_on: Hour, ending_before: Hour) -> admin.Usage:
     """Usage by UTC hour and session; the hour that runs counts as far as it has gone.
 
-    Raises:
-        InvalidInput: the window is not made of full UTC hours, longer than 14 days, or begins in the future.
+    Refused: a window that is not made of full UTC hours, is longer than 14 days, or begins in the future.
     """
     opens, closes = _full_hour("starting_on", starting_on), _full_hour("ending_before", ending_before)
     if opens > datetime.now(UTC):
@@ -60,7 +62,7 @@ def current_checkpoint_storage(
 def audit_log(
     api: Api,
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
-    day: str | None = None,
+    day: Annotated[str | None, Query(description="YYYY-MM-DD, in UTC; today if it is not given.")] = None,
 ) -> admin.AuditLog:
     """The changes of one UTC day (default: today), sorted by time."""
     opens = datetime.combine(_day(day), time(), UTC).timestamp()
@@ -92,8 +94,8 @@ def read_telemetry(
     )
 
 
-@router.get("/sessions/{session_id}/trace_export")
-def export_trace(api: Api, http: Request, session_id: str) -> admin.TraceExport:
+@router.get("/sessions/{session_id}/trace_export", responses=refuses(404))
+def export_trace(api: Api, http: Request, session_id: SessionId) -> admin.TraceExport:
     """Where the trace is: on this server, under the address by which the client reached it, signed for an hour."""
     api.sessions.get(session_id)
     expires = int(now()) + TRACE_URL_LIFE_S
@@ -102,8 +104,10 @@ def export_trace(api: Api, http: Request, session_id: str) -> admin.TraceExport:
     return admin.TraceExport(url=str(url.include_query_params(expires=expires, signature=signature)))
 
 
-@router.get("/files/{session_id}/trace")
-def download_trace(api: Api, session_id: str, expires: str = "", signature: str = "") -> StreamingResponse:
+@router.get("/files/{session_id}/trace", response_model=admin.Trace, responses=refuses(403, 404))
+def download_trace(
+    api: Api, session_id: SessionId, expires: Expires = "", signature: Signature = ""
+) -> StreamingResponse:
     """The session's jobs in Chrome's trace format, for who has the signed URL that trace_export gives."""
     api.signer.check(_trace_resource(session_id), expires, signature)
     api.sessions.get(session_id)

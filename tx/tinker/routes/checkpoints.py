@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 
 from tx.tinker.checkpoint_rows import KINDS
-from tx.tinker.service import Api, Limit, Offset, body
+from tx.tinker.openapi import refuses
+from tx.tinker.service import Api, CheckpointId, Limit, ModelId, Offset, body
 from tx.tinker.wire import compat, requests, responses
 
 router = APIRouter()
@@ -32,40 +33,45 @@ def list_checkpoints(api: Api, kinds: ListedKinds, limit: Limit = 20, offset: Of
     )
 
 
-@router.get("/training_runs/{model_id}/checkpoints", response_model_exclude_none=True)
-@router.get("/models/{model_id}/checkpoints", response_model_exclude_none=True)  # SDK up to 0.3
-def list_checkpoints_of(api: Api, kinds: ListedKinds, model_id: str) -> responses.Checkpoints:
-    """Of one model, oldest first, all of them."""
+@router.get("/training_runs/{model_id}/checkpoints", response_model_exclude_none=True, responses=refuses(404))
+@router.get(
+    "/models/{model_id}/checkpoints",
+    response_model_exclude_none=True,
+    responses=refuses(404),
+    name="list_checkpoints_of_model",
+)
+def list_checkpoints_of(api: Api, kinds: ListedKinds, model_id: ModelId) -> responses.Checkpoints:
+    """Of one model, oldest first, all of them. Only SDKs up to 0.3 say model for training run."""
     rows = api.checkpoints.of_model(model_id, kinds)
     return responses.Checkpoints(checkpoints=[responses.checkpoint(row.model_dump()) for row in rows])
 
 
 # The paths that end in a verb come first: a checkpoint id is a path, and takes what is left.
-@router.post("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/publish")
-def publish_checkpoint(api: Api, model_id: str, checkpoint_id: str) -> responses.Empty:
+@router.post("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/publish", responses=refuses(404))
+def publish_checkpoint(api: Api, model_id: ModelId, checkpoint_id: CheckpointId) -> responses.Empty:
     """200 for one that is public already: clients retry a 409 for minutes (protocol §1.6)."""
     api.checkpoints.publish(model_id, checkpoint_id, public=True)
     return responses.Empty()
 
 
-@router.delete("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/publish")
-def unpublish_checkpoint(api: Api, model_id: str, checkpoint_id: str) -> responses.Empty:
+@router.delete("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/publish", responses=refuses(404))
+def unpublish_checkpoint(api: Api, model_id: ModelId, checkpoint_id: CheckpointId) -> responses.Empty:
     """Private again; it may be so already."""
     api.checkpoints.publish(model_id, checkpoint_id, public=False)
     return responses.Empty()
 
 
-@router.put("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/ttl")
+@router.put("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}/ttl", responses=refuses(404))
 def set_ttl(
-    api: Api, model_id: str, checkpoint_id: str, request: Annotated[requests.SetTtl, body(requests.SetTtl)]
+    api: Api, model_id: ModelId, checkpoint_id: CheckpointId, request: Annotated[requests.SetTtl, body(requests.SetTtl)]
 ) -> responses.Empty:
     """Seconds from now; null is never."""
     api.checkpoints.set_ttl(model_id, checkpoint_id, request.ttl_seconds)
     return responses.Empty()
 
 
-@router.delete("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}")
-def delete_checkpoint(api: Api, model_id: str, checkpoint_id: str) -> responses.Empty:
+@router.delete("/training_runs/{model_id}/checkpoints/{checkpoint_id:path}", responses=refuses(404))
+def delete_checkpoint(api: Api, model_id: ModelId, checkpoint_id: CheckpointId) -> responses.Empty:
     """Its row at once, then its files, unless a copy shares them."""
     last = api.checkpoints.delete(model_id, checkpoint_id)
     if last is not None:

@@ -12,13 +12,14 @@ from email.utils import formatdate
 from typing import Annotated
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from tx.errors import NotFound
 from tx.tinker import archives
 from tx.tinker.db import Checkpoint, now
-from tx.tinker.service import Api, Service
+from tx.tinker.openapi import binary, refuses
+from tx.tinker.service import Api, CheckpointKind, CheckpointName, Expires, ModelId, Service, Signature
 from tx.tinker.wire import paths, responses
 from tx.tinker.wire.paths import TinkerPath
 
@@ -27,9 +28,20 @@ router = APIRouter()
 URL_LIFE_S = 3600
 """Clients sign again when less than five minutes are left."""
 
+_MEDIA_TYPE = "application/octet-stream"
+_REDIRECT = {
+    "description": "To the signed URL, for clients that don't ask for JSON.",
+    "headers": {
+        "Location": {"schema": {"type": "string", "format": "uri"}, "description": "The signed URL."},
+        "Expires": {"schema": {"type": "string"}, "description": "Until when it is good, as an HTTP date."},
+    },
+}
 
-@router.get("/training_runs/{model_id}/checkpoints/external_weights/{name}/external_weights_urls")
-def external_weights_urls(api: Api, http: Request, model_id: str, name: str) -> responses.FileUrls:
+
+@router.get(
+    "/training_runs/{model_id}/checkpoints/external_weights/{name}/external_weights_urls", responses=refuses(404)
+)
+def external_weights_urls(api: Api, http: Request, model_id: ModelId, name: CheckpointName) -> responses.FileUrls:
     """A signed URL for each file of external weights."""
     path, checkpoint = _find(api, model_id, "external_weights", name)
     expires = int(now()) + URL_LIFE_S
@@ -38,9 +50,13 @@ def external_weights_urls(api: Api, http: Request, model_id: str, name: str) -> 
     return responses.FileUrls(urls=urls, expires=responses.timestamp(expires))
 
 
-@router.get("/training_runs/{model_id}/checkpoints/{kind}/{name}/archive", response_model=responses.ArchiveUrl)
+@router.get(
+    "/training_runs/{model_id}/checkpoints/{kind}/{name}/archive",
+    response_model=responses.ArchiveUrl,
+    responses={302: _REDIRECT, **refuses(404)},
+)
 def archive_url(
-    api: Api, http: Request, model_id: str, kind: str, name: str, accept: Annotated[str, Header()] = ""
+    api: Api, http: Request, model_id: ModelId, kind: CheckpointKind, name: CheckpointName
 ) -> responses.ArchiveUrl | Response:
     """A signed URL of the whole checkpoint as one tar, for SDKs before 0.36: a redirect, or JSON where it is asked for.
 
@@ -49,14 +65,24 @@ def archive_url(
     path, _ = _find(api, model_id, kind, name)
     expires = int(now()) + URL_LIFE_S
     url = _signed_url(api, http, _resource(path), expires)
-    if "application/json" in accept:
+    if "application/json" in http.headers.get("accept", ""):
         return responses.ArchiveUrl(url=url, expires=responses.timestamp(expires))
     return RedirectResponse(url, status_code=302, headers={"Expires": formatdate(expires, usegmt=True)})
 
 
-@router.get("/files/{model_id}/{kind}/{name}/{file}", response_class=StreamingResponse)
+@router.get(
+    "/files/{model_id}/{kind}/{name}/{file}",
+    response_class=StreamingResponse,
+    responses={200: binary(_MEDIA_TYPE, "The file."), **refuses(403, 404)},
+)
 def get_file(
-    api: Api, model_id: str, kind: str, name: str, file: str, expires: str = "", signature: str = ""
+    api: Api,
+    model_id: ModelId,
+    kind: CheckpointKind,
+    name: CheckpointName,
+    file: Annotated[str, Path(description="One of the names that were signed.")],
+    expires: Expires = "",
+    signature: Signature = "",
 ) -> StreamingResponse:
     """One file of a checkpoint, for who has its signed URL."""
     api.signer.check(f"{model_id}/{kind}/{name}/{file}", expires, signature)
@@ -67,9 +93,18 @@ def get_file(
         return _attachment(content, file, stored.sizes[file], held.pop_all())
 
 
-@router.get("/files/{model_id}/{kind}/{name}", response_class=StreamingResponse)
+@router.get(
+    "/files/{model_id}/{kind}/{name}",
+    response_class=StreamingResponse,
+    responses={200: binary(_MEDIA_TYPE, "A tar."), **refuses(403, 404)},
+)
 def get_archive(
-    api: Api, model_id: str, kind: str, name: str, expires: str = "", signature: str = ""
+    api: Api,
+    model_id: ModelId,
+    kind: CheckpointKind,
+    name: CheckpointName,
+    expires: Expires = "",
+    signature: Signature = "",
 ) -> StreamingResponse:
     """All files of a checkpoint as a tar, for who has its signed URL."""
     api.signer.check(f"{model_id}/{kind}/{name}", expires, signature)
@@ -117,4 +152,4 @@ def _attachment(content: Iterator[bytes], name: str, num_bytes: int, held: conte
             yield from content
 
     headers = {"Content-Length": str(num_bytes), "Content-Disposition": f'attachment; filename="{name}"'}
-    return StreamingResponse(sent(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(sent(), media_type=_MEDIA_TYPE, headers=headers)

@@ -11,13 +11,14 @@ from fastapi.concurrency import run_in_threadpool
 from tx.errors import InvalidInput, NotFound
 from tx.tinker.db import Model, now
 from tx.tinker.jobs import NewJob
+from tx.tinker.openapi import refuses
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
 from tx.tinker.wire import paths, requests, responses
 
 router = APIRouter()
 
 
-@router.post("/create_model", response_model_exclude_none=True)
+@router.post("/create_model", response_model_exclude_none=True, responses=refuses(404, 429))
 async def create_model(
     api: Api, request: Annotated[requests.CreateModel, body(requests.CreateModel)]
 ) -> responses.Future:
@@ -26,7 +27,7 @@ async def create_model(
     return responses.Future(request_id=str(await api.appender.append(job)), model_id=job.model_id)
 
 
-@router.post("/get_info", response_model_exclude_none=True)
+@router.post("/get_info", response_model_exclude_none=True, responses=refuses(404))
 def get_info(api: Api, request: Annotated[requests.ModelRequest, body(requests.ModelRequest)]) -> responses.ModelInfo:
     """Asked for by clients right after creation: it names the tokenizer."""
     model = api.sessions.model(request.model_id)
@@ -43,7 +44,7 @@ def get_info(api: Api, request: Annotated[requests.ModelRequest, body(requests.M
     )
 
 
-@router.post("/unload_model", response_model_exclude_none=True)
+@router.post("/unload_model", response_model_exclude_none=True, responses=refuses(404, 429))
 async def unload_model(
     api: Api, request: Annotated[requests.ModelRequest, body(requests.ModelRequest)]
 ) -> responses.Future:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from sqlalchemy import ColumnElement, func, or_
 from sqlmodel import Session as DbSession
 from sqlmodel import col, select
@@ -13,7 +14,8 @@ from tx.errors import NotFound
 from tx.tinker import owners
 from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import LOCAL, Checkpoint, Job, Model, Session, reading
-from tx.tinker.service import AccessScope, Api, Limit, Offset, Service
+from tx.tinker.openapi import refuses
+from tx.tinker.service import AccessScope, Api, Limit, ModelId, Offset, Service
 from tx.tinker.wire import responses
 
 router = APIRouter()
@@ -25,7 +27,7 @@ def list_training_runs(
     limit: Limit = 20,
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
-    project_id: str | None = None,
+    project_id: Annotated[str | None, Query(description="Empty: the runs that are in no project.")] = None,
 ) -> responses.TrainingRuns:
     """Newest first; of one project, those of its sessions, and an empty ``project_id`` is no project."""
     query = select(Model).where(Model.state != "failed", _listed(api, access_scope))
@@ -41,8 +43,8 @@ def list_training_runs(
     )
 
 
-@router.get("/training_runs/{model_id}", response_model_exclude_none=True)
-def get_training_run(api: Api, model_id: str, access_scope: AccessScope = "owned") -> responses.TrainingRun:
+@router.get("/training_runs/{model_id}", response_model_exclude_none=True, responses=refuses(404))
+def get_training_run(api: Api, model_id: ModelId, access_scope: AccessScope = "owned") -> responses.TrainingRun:
     """One model, also one that could not be created."""
     with reading(api.db) as db:
         model = db.exec(select(Model).where(Model.model_id == model_id, _listed(api, access_scope))).first()

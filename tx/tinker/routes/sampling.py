@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Annotated
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
 from tx.tinker.db import Sampler, now
 from tx.tinker.jobs import NewJob
-from tx.tinker.service import Api, body, fingerprint, payload_of
+from tx.tinker.openapi import refuses
+from tx.tinker.service import Api, SamplerId, body, fingerprint, payload_of
 from tx.tinker.wire import admin, paths, requests, responses
 
 router = APIRouter()
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", responses=refuses(404))
 def create_sampling_session(
     api: Api, request: Annotated[requests.CreateSamplingSession, body(requests.CreateSamplingSession)]
 ) -> responses.SamplingSession:
@@ -44,7 +45,7 @@ def create_sampling_session(
     return responses.SamplingSession(sampling_session_id=api.sessions.create_sampler(sampler).sampler_id)
 
 
-@router.post("/join_sampling_session")
+@router.post("/join_sampling_session", responses=refuses(404))
 def join_sampling_session(
     api: Api, request: Annotated[requests.JoinSamplingSession, body(requests.JoinSamplingSession)]
 ) -> admin.JoinedSamplingSession:
@@ -52,8 +53,8 @@ def join_sampling_session(
     return admin.JoinedSamplingSession(client_counter=api.sessions.join_sampler(request.sampling_session_id))
 
 
-@router.get("/samplers/{sampler_id}", response_model_exclude_none=True)
-def get_sampler(api: Api, sampler_id: str) -> responses.Sampler:
+@router.get("/samplers/{sampler_id}", response_model_exclude_none=True, responses=refuses(404))
+def get_sampler(api: Api, sampler_id: SamplerId) -> responses.Sampler:
     """What a sampling session samples from."""
     sampler = api.sessions.sampler(sampler_id)
     return responses.Sampler(
@@ -61,13 +62,13 @@ def get_sampler(api: Api, sampler_id: str) -> responses.Sampler:
     )
 
 
-@router.post("/asample", response_model_exclude_none=True)
+@router.post("/asample", response_model_exclude_none=True, responses=refuses(404, 429))
 async def asample(api: Api, request: Annotated[requests.Sample, body(requests.Sample)]) -> responses.Future:
     """The reply names the sequences to come, from the request's id: a retry gets the same names.
 
     429 while the queue is full: nothing is stored, and the same request may come again.
     """
-    sampler = await run_in_threadpool(api.sessions.sampler_for_work, request.sampling_session_id)
+    sampler = await asyncio.to_thread(api.sessions.sampler_for_work, request.sampling_session_id)
     retry_key = fingerprint(payload_of(request))
     if request.sampling_params.seed is None:
         # Drawn once and stored: after a crash the job gives the same tokens.

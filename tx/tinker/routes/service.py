@@ -7,13 +7,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tx.tinker import telemetry
 from tx.tinker.db import LOCAL
+from tx.tinker.openapi import describes_body, refuses
 from tx.tinker.service import Api, Service, body
-from tx.tinker.wire import admin, compat, requests, responses
+from tx.tinker.wire import admin, compat, requests, responses, results
 
 router = APIRouter()
 log = logging.getLogger(__name__)
@@ -23,8 +25,13 @@ MAX_CONCURRENT_SAMPLES = 400
 
 _MAX_LOGGED_CHARS = 500
 
+_NOT_READY = responses.Health | responses.Problem
 
-@router.get("/healthz")
+
+@router.get(
+    "/healthz",
+    responses={503: {"description": "The engine is not ready, or the database away.", "model": _NOT_READY}},
+)
 def health(api: Api, response: Response) -> responses.Health:
     """200 only when the engine is ready."""
     state = api.health()
@@ -34,7 +41,7 @@ def health(api: Api, response: Response) -> responses.Health:
 
 @router.post("/client/config", response_model_exclude_none=True)
 def client_config(
-    api: Api, http: Request, request: Annotated[requests.ClientConfig, body(requests.ClientConfig)]
+    api: Api, http: Request, request: Annotated[requests.ClientVersion, body(requests.ClientVersion)]
 ) -> admin.ClientConfig:
     """Flags for the SDK. All are said, most of them at the SDK's own defaults.
 
@@ -68,7 +75,7 @@ def client_config(
 
 @router.post("/client/dynamic_config")
 def client_dynamic_config(
-    request: Annotated[requests.ClientConfig, body(requests.ClientConfig)],
+    request: Annotated[requests.ClientVersion, body(requests.ClientVersion)],
 ) -> admin.ClientDynamicConfig:
     """Flags that the SDK asks for again from time to time."""
     return admin.ClientDynamicConfig(
@@ -90,6 +97,7 @@ def capabilities(api: Api) -> responses.Capabilities:
 
 
 @router.post("/telemetry")
+@describes_body(results.TelemetryReport)
 async def report_telemetry(api: Api, http: Request) -> admin.TelemetryAccepted:
     """Clients report here what they did and how they crashed. Whatever comes is accepted; GET telemetry reads it."""
     batch = telemetry.read(await http.body())
@@ -103,7 +111,7 @@ def auth_token(api: Api) -> admin.AuthToken:
     return admin.AuthToken(jwt=api.auth.new_token(api.caller))
 
 
-@router.get("/auth/apikey/me")
+@router.get("/auth/apikey/me", responses=refuses(401))
 def get_own_key(api: Api, x_api_key: Annotated[str | None, Header()] = None) -> admin.ApiKey:
     """What the CLI's login stores beside the key: whose it is; without a key file, the local user's, as any key is."""
     if not x_api_key and api.auth.keys is None:
@@ -114,13 +122,13 @@ def get_own_key(api: Api, x_api_key: Annotated[str | None, Header()] = None) -> 
 
 
 @router.delete("/auth/apikey/me")
-def delete_own_key() -> dict[str, str]:
+def delete_own_key() -> responses.Empty:
     """The CLI's logout forgets the key on its side; here only ``tx.tinker.keys`` revokes one."""
-    return {}
+    return responses.Empty()
 
 
-@router.get("/metrics")
-def metrics(api: Api) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(api: Api) -> PlainTextResponse:
     """Prometheus' text format."""
     gauges = {
         "tx_engine_ready": float(api.health().status == "ok"),
@@ -128,7 +136,7 @@ def metrics(api: Api) -> Response:
         "tx_jobs_unfinished": float(api.jobs.num_pending()),
         "tx_sequences_unfinished": float(api.num_sequences(api.config.base_model_name)),
     }
-    return Response(api.metrics.render(gauges), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(api.metrics.render(gauges), media_type="text/plain; version=0.0.4")
 
 
 def _keep(api: Service, batch: telemetry.Batch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, HTTPException, Request
+from fastapi import APIRouter, HTTPException
 
 from tx.errors import InvalidInput
 from tx.tinker import db, session_search
-from tx.tinker.service import AccessScope, Api, Limit, Offset, body
+from tx.tinker.openapi import refuses
+from tx.tinker.service import AccessScope, Api, IdempotencyKey, Limit, Offset, SessionId, body
 from tx.tinker.sessions import EXPIRED_AFTER_S
 from tx.tinker.wire import requests, responses
 
@@ -18,9 +19,8 @@ router = APIRouter()
 @router.post("/create_session", response_model_exclude_none=True)
 def create_session(
     api: Api,
-    http: Request,
     request: Annotated[requests.CreateSession, body(requests.CreateSession)],
-    x_idempotency_key: Annotated[str | None, Header(max_length=300)] = None,
+    x_idempotency_key: IdempotencyKey = None,
 ) -> responses.CreatedSession:
     """A retry carries the same idempotency key and gets the same session."""
     created = api.clock()
@@ -38,24 +38,24 @@ def create_session(
     return responses.CreatedSession(session_id=api.sessions.create(session))
 
 
-@router.post("/session_heartbeat")
-def session_heartbeat(
+@router.post("/session_heartbeat", responses=refuses(404, 410))
+async def session_heartbeat(
     api: Api, request: Annotated[requests.SessionHeartbeat, body(requests.SessionHeartbeat)]
 ) -> responses.Heartbeat:
     """410 ends the client's loop, for a session that it has finished itself."""
-    if api.sessions.heartbeat(request.session_id).finished_at is not None:
+    if not await api.heartbeats.beat(request.session_id, api.caller.owner):
         raise HTTPException(410, f"session_id: {request.session_id} is finished.")
     return responses.Heartbeat()
 
 
-@router.post("/sessions/{session_id}/finish")
+@router.post("/sessions/{session_id}/finish", responses=refuses(404))
 def finish_session(
-    api: Api, session_id: str, request: Annotated[requests.FinishSession, body(requests.FinishSession)]
-) -> dict[str, str]:
+    api: Api, session_id: SessionId, request: Annotated[requests.FinishSession, body(requests.FinishSession)]
+) -> responses.Empty:
     """The first end of a session stays; later requests in it are refused, and nobody waits for its samples."""
     api.sessions.finish(session_id, request.reason.type, request.detail)
     api.jobs.cancel(*api.jobs.unfinished_samples(session_id), error="Cancelled: its session was finished.")
-    return {}
+    return responses.Empty()
 
 
 @router.get("/sessions")
@@ -66,8 +66,8 @@ def list_sessions(
     return responses.Sessions(sessions=api.sessions.recent(limit, offset))
 
 
-@router.get("/sessions/{session_id}", response_model_exclude_none=True)
-def get_session(api: Api, session_id: str, access_scope: AccessScope = "owned") -> responses.Session:
+@router.get("/sessions/{session_id}", response_model_exclude_none=True, responses=refuses(404))
+def get_session(api: Api, session_id: SessionId, access_scope: AccessScope = "owned") -> responses.Session:
     """Models and samplers of a session."""
     session = api.sessions.get(session_id)
     models, samplers = api.sessions.contents(session_id)
@@ -95,9 +95,9 @@ def search_sessions(
     )
 
 
-@router.put("/sessions/{session_id}/project")
+@router.put("/sessions/{session_id}/project", responses=refuses(404))
 def assign_project(
-    api: Api, session_id: str, request: Annotated[requests.AssignProject, body(requests.AssignProject)]
+    api: Api, session_id: SessionId, request: Annotated[requests.AssignProject, body(requests.AssignProject)]
 ) -> responses.Empty:
     """Into a project, or from one to another; never out of all of them."""
     if not request.project_id:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput, Unsupported
 from tx.tinker.jobs import NewJob
+from tx.tinker.openapi import describes_body, refuses
 from tx.tinker.service import Api, Service, body, fingerprint, payload_of
-from tx.tinker.wire import codec, compat, requests, responses
+from tx.tinker.wire import codec, compat, requests, responses, results
 
 router = APIRouter()
 
 
-@router.post("/forward", response_model_exclude_none=True)
-@router.post("/forward_backward", response_model_exclude_none=True)
-async def forward_backward(api: Api, http: Request) -> responses.Future:
+@router.post("/forward", response_model_exclude_none=True, responses=refuses(404, 429), name="forward")
+@router.post("/forward_backward", response_model_exclude_none=True, responses=refuses(404, 429))
+@describes_body(results.TrainingBody, protobuf="ForwardBackwardRequest")
+async def forward_backward(
+    api: Api,
+    http: Request,
+    content_encoding: Annotated[str | None, Header(description="`zstd` for a compressed body.")] = None,
+) -> responses.Future:
     """The body is stored as the bytes that came; only its header is read here."""
     content = await http.body()
     media_type = compat.media_type(http.headers.get("content-type"))
-    encoding = http.headers.get("content-encoding")
-    job = await run_in_threadpool(_forward_backward, api, content, media_type, encoding)
+    job = await run_in_threadpool(_forward_backward, api, content, media_type, content_encoding)
     return responses.Future(request_id=str(await api.appender.append(job)), model_id=job.model_id)
 
 
-@router.post("/optim_step", response_model_exclude_none=True)
+@router.post("/optim_step", response_model_exclude_none=True, responses=refuses(404, 429))
 async def optim_step(api: Api, request: Annotated[requests.OptimStep, body(requests.OptimStep)]) -> responses.Future:
     """One step of the model's optimizer on the gradients accumulated so far."""
     model = await run_in_threadpool(api.sessions.model_for_work, request.model_id)
@@ -47,10 +52,10 @@ async def optim_step(api: Api, request: Annotated[requests.OptimStep, body(reque
     return responses.Future(request_id=str(await api.appender.append(job)), model_id=model.model_id)
 
 
-@router.post("/create_custom_loss")
+@router.post("/create_custom_loss", status_code=400, response_model=responses.Problem)
 def create_custom_loss(
     request: Annotated[requests.CreateCustomLoss, body(requests.CreateCustomLoss)],
-) -> responses.Future:
+) -> NoReturn:
     """Refused by name: the SDK asks only where client/config says so, and computes custom losses itself otherwise."""
     raise Unsupported(
         "name",

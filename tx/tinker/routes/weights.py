@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from tx.errors import InvalidInput
 from tx.tinker import copies
 from tx.tinker.db import Model, Sampler, now
 from tx.tinker.jobs import NewJob
-from tx.tinker.service import Api, Service, body, fingerprint, payload_of
+from tx.tinker.openapi import refuses
+from tx.tinker.service import Api, IdempotencyKey, Service, body, fingerprint, payload_of
 from tx.tinker.wire import compat, paths, requests, responses
 
 router = APIRouter()
 
 
-@router.post("/save_weights", response_model_exclude_none=True)
+@router.post("/save_weights", response_model_exclude_none=True, responses=refuses(404, 429))
 async def save_weights(
     api: Api, request: Annotated[requests.SaveWeights, body(requests.SaveWeights)]
 ) -> responses.Future:
@@ -26,7 +27,7 @@ async def save_weights(
     return await _append(api, _job("save_weights", model, request, request.seq_id))
 
 
-@router.post("/save_weights_for_sampler", response_model_exclude_none=True)
+@router.post("/save_weights_for_sampler", response_model_exclude_none=True, responses=refuses(404, 429))
 async def save_weights_for_sampler(
     api: Api, request: Annotated[requests.SaveWeightsForSampler, body(requests.SaveWeightsForSampler)]
 ) -> responses.Future:
@@ -48,7 +49,7 @@ async def save_weights_for_sampler(
     return await _append(api, _job("save_weights_for_sampler", model, request, request.seq_id, rows=rows))
 
 
-@router.post("/save_weights_external", response_model_exclude_none=True)
+@router.post("/save_weights_external", response_model_exclude_none=True, responses=refuses(404, 429))
 async def save_weights_external(
     api: Api, request: Annotated[requests.SaveWeightsExternal, body(requests.SaveWeightsExternal)]
 ) -> responses.Future:
@@ -57,11 +58,11 @@ async def save_weights_external(
     return await _append(api, _job("save_weights_external", model, request, request.seq_id))
 
 
-@router.post("/copy_weights")
+@router.post("/copy_weights", responses=refuses(404))
 def copy_weights(
     api: Api,
     request: Annotated[requests.CopyWeights, body(requests.CopyWeights)],
-    x_idempotency_key: Annotated[str | None, Header(max_length=300)] = None,
+    x_idempotency_key: IdempotencyKey = None,
 ) -> responses.CopiedWeights:
     """Another path for a checkpoint, in a session or project of choice, without copying a byte.
 
@@ -82,7 +83,7 @@ def copy_weights(
     return responses.CopiedWeights(tinker_path=str(path))
 
 
-@router.post("/load_weights", response_model_exclude_none=True)
+@router.post("/load_weights", response_model_exclude_none=True, responses=refuses(404, 429))
 async def load_weights(
     api: Api, http: Request, request: Annotated[requests.LoadWeights, body(requests.LoadWeights)]
 ) -> responses.Future:
@@ -95,9 +96,9 @@ async def load_weights(
     return await _append(api, job)
 
 
-@router.post("/weights_info", response_model_exclude_none=True)
+@router.post("/weights_info", response_model_exclude_none=True, responses=refuses(404))
 def weights_info(
-    api: Api, request: Annotated[requests.WeightsInfo, body(requests.WeightsInfo)]
+    api: Api, request: Annotated[requests.WeightsPath, body(requests.WeightsPath)]
 ) -> responses.WeightsInfo:
     """The LoRA shape of a checkpoint."""
     path = paths.parse_path(request.tinker_path, "tinker_path", paths.PATH_KINDS)

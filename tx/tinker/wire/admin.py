@@ -117,6 +117,14 @@ class TraceExport(BaseModel):
     url: str
 
 
+class Trace(BaseModel):
+    """files/{session_id}/trace: Chrome's trace format (``tx.tinker.traces`` writes it)."""
+
+    traceEvents: list[dict[str, Any]]
+    displayTimeUnit: Literal["ms"]
+    otherData: dict[str, Any]
+
+
 class TelemetryAccepted(BaseModel):
     """POST telemetry: whatever came."""
 

@@ -33,6 +33,8 @@ MAX_DECOMPRESSED_BYTES = 256 * 2**20
 _ZSTD_STEP_BYTES = 1024
 """Compressed bytes fed at a time: four of them can unfold to 128 KiB, so a step stays under 32 MiB."""
 
+_INT64_MAX = 2**63 - 1
+
 _DTYPES: dict[int, np.dtype] = {pb.DTYPE_FLOAT32: np.dtype("<f4"), pb.DTYPE_INT64: np.dtype("<i8")}
 
 
@@ -56,8 +58,10 @@ def read_forward_backward_header(body: bytes, content_type: str, encoding: str |
         request = json_bodies.read_forward_backward(decompress(body, encoding))
         model_id, seq_id, forward_only = request.model_id, request.seq_id, request.forward_only
         num_tokens = sum(datum.tokens.size for datum in request.data)
-    if not model_id:
-        raise InvalidInput("model_id", model_id, "a non-empty string")
+    if not model_id or "\0" in model_id:
+        raise InvalidInput("model_id", model_id, "a non-empty string without NUL characters")
+    if seq_id is not None and not -_INT64_MAX - 1 <= seq_id <= _INT64_MAX:
+        raise InvalidInput("seq_id", seq_id, "a 64-bit integer")
     return FbHeader(model_id, seq_id, num_tokens, forward_only)
 
 

@@ -16,7 +16,8 @@ LOADABLE_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
 """What the server itself reads: external weights are for others, and may be encrypted to them."""
 PATH_KINDS: tuple[PathKind, ...] = (*LOADABLE_KINDS, "external_weights")
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+NAME_PATTERN = r"[A-Za-z0-9._-]{1,128}"
+_NAME = re.compile(NAME_PATTERN)
 _MODEL_ID = re.compile(r"(?P<session>[A-Za-z0-9._-]{1,128}):train:(?P<seq>[0-9]{1,19})")
 _SAMPLER_ID = re.compile(r"(?P<session>[A-Za-z0-9._-]{1,128}):sample:(?P<seq>[0-9]{1,19})")
 

@@ -6,6 +6,7 @@ meaning it could change, and ignored in those that only announce something.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,7 +21,7 @@ from pydantic import (
 )
 
 from tx.errors import InvalidInput
-from tx.tinker.wire.paths import check_name
+from tx.tinker.wire.paths import NAME_PATTERN, check_name
 
 _INT64_MAX = 2**63 - 1
 MIN_TTL_S = 3600
@@ -40,13 +41,24 @@ def _name(value: str) -> str:
         raise ValueError(str(error).split("accepted: ")[-1]) from error
 
 
+def _check_json(value: Any) -> None:
+    """Raise ValueError for what databases and clients don't take for JSON: NaN, infinities, NUL characters."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("Numbers must be finite")
+    if isinstance(value, str):
+        _no_nul(value)
+    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_json(item)
+
+
 def _null_is_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
-Id = Annotated[str, AfterValidator(_no_nul), Field(min_length=1, max_length=300)]
-Name = Annotated[str, AfterValidator(_name)]
+_NO_NUL = Field(json_schema_extra={"pattern": r"^[^\u0000]*$"})
+Text = Annotated[str, AfterValidator(_no_nul), _NO_NUL]
+Id = Annotated[str, AfterValidator(_no_nul), _NO_NUL, Field(min_length=1, max_length=300)]
+Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 Metadata = Annotated[dict[Text, Text], BeforeValidator(_null_is_empty)]
 Int64 = Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)]
 Seq = Annotated[int, Field(ge=0, le=_INT64_MAX)]
@@ -137,7 +149,7 @@ class FinishedQuery(_Strict):
     reasons: Annotated[list[Literal["success", "errored", "interrupted"]] | None, Field(min_length=1)] = None
 
 
-class SearchCursor(_Strict):
+class SearchStart(_Strict):
     """The last session of the page before."""
 
     last_created_at: Annotated[AwareDatetime, Field(strict=False)]  # after _drop_nulls, strict would refuse text
@@ -160,7 +172,7 @@ class SearchSessions(_Strict):
         | None
     ) = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
-    cursor: SearchCursor | None = None
+    cursor: SearchStart | None = None
 
 
 class LoraConfig(_Strict):
@@ -185,6 +197,11 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     type: Text
+
+    @model_validator(mode="after")
+    def _can_be_stored(self) -> OptimizerConfig:
+        _check_json(self.model_extra)
+        return self
 
 
 class CreateModel(_Strict):
@@ -424,7 +441,7 @@ class CancelFuture(_Lenient):
     request_id: Text
 
 
-class WeightsInfo(_Lenient):
+class WeightsPath(_Lenient):
     """POST weights_info."""
 
     tinker_path: Text
@@ -438,7 +455,7 @@ class SetTtl(BaseModel):
     ttl_seconds: Ttl | None
 
 
-class ClientConfig(_Lenient):
+class ClientVersion(_Lenient):
     """POST client/config and client/dynamic_config."""
 
     sdk_version: Text = ""

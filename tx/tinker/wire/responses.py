@@ -12,6 +12,12 @@ class _Reply(BaseModel):
     pass
 
 
+class Problem(_Reply):
+    """Every refusal and error: which field, what it was, what is accepted."""
+
+    detail: str
+
+
 class Future(_Reply):
     """What a request that became a job is answered with."""
 
