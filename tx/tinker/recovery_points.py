@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, or_, select
 
+from tx.errors import StorageError
 from tx.tinker import model_files
-from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders
+from tx.tinker.checkpoints import BrokenCheckpoint, CheckpointCard, CheckpointFolders
 from tx.tinker.db import Model, RecoveryPoint, Session, now, reading, writing
 from tx.tinker.wire.paths import TinkerPath
 from tx.types import ModelState
@@ -137,7 +138,7 @@ class RecoveryPoints:
             tally, row = self._tallies[model_id], writing_point.row
             try:
                 row.size_bytes, written_s = writing_point.future.result()
-            except OSError as error:  # a full disk: the model goes on from its older point
+            except StorageError as error:  # a full disk: the model goes on from its older point
                 log.warning("no recovery point of %s: %s", model_id, error)
                 continue
             tally.cost_s = writing_point.copied_s + written_s
@@ -147,8 +148,7 @@ class RecoveryPoints:
                 points = session.exec(query.order_by(col(RecoveryPoint.seq_id).desc())).all()
                 for old in points[KEPT:]:
                     session.delete(old)
-            for old in points[KEPT:]:
-                self._folders.delete(_path(old))
+            self._remove(points[KEPT:])
 
     def of(self, model_id: str) -> list[RecoveryPoint]:
         """Those of a model that can be restored, unless their files have been damaged."""
@@ -157,7 +157,10 @@ class RecoveryPoints:
 
     def read(self, point: RecoveryPoint) -> ModelState:
         """The state; raises NotFound or BrokenCheckpoint."""
-        card, files = self._folders.read(_path(point))
+        try:
+            card, files = self._folders.read(_path(point))
+        except StorageError as error:
+            raise BrokenCheckpoint(str(error)) from error
         return model_files.from_point(card, files)
 
     def prune(self) -> None:
@@ -179,13 +182,20 @@ class RecoveryPoints:
             points = self.of(model_id)
             with writing(self._db) as session:
                 session.exec(delete(RecoveryPoint).where(col(RecoveryPoint.model_id) == model_id))
-            for point in points:
-                self._folders.delete(_path(point))
+            self._remove(points)
             self._tallies.pop(model_id, None)
 
     def close(self) -> None:
         """Stop writing; what isn't written is not needed."""
         self._writer.shutdown(wait=False, cancel_futures=True)
+
+    def _remove(self, points: Iterable[RecoveryPoint]) -> None:
+        """Delete files whose rows are gone."""
+        for point in points:
+            try:
+                self._folders.delete(_path(point))
+            except StorageError as error:  # only wasted space, until the next start
+                log.warning("the files of an old recovery point remain: %s", error)
 
     def _write(self, row: RecoveryPoint, state: ModelState) -> tuple[int, float]:
         started = self._clock()

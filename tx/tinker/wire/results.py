@@ -33,7 +33,7 @@ class ModelInput(BaseModel):
 class TensorData(BaseModel):
     """A tensor: all values, or with both lists of indices the cells of a compressed sparse row matrix."""
 
-    data: list[float]
+    data: list[int | float]
     dtype: Literal["float32", "int64"]
     shape: list[Int64] | None = None
     sparse_crow_indices: list[Int64] | None = None
