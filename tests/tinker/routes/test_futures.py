@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -13,6 +14,9 @@ from tx.tinker.jobs import Outcome
 from tx.tinker.service import HOLD_S
 
 CANCELLED = "Cancelled by the client."
+
+
+ANSWER = {"metrics": {"grad_norm:mean": 1.0}, "type": "optim_step"}
 
 
 @pytest.fixture
@@ -46,19 +50,19 @@ def test_a_held_poll_wakes_with_the_commit(client, pending):
     jobs = client.service.jobs
     while not client.service.watcher._waiting:
         time.sleep(0.001)
-    jobs.commit([Outcome(int(pending["request_id"]), b'{"metrics": null}')])
+    jobs.commit([Outcome(int(pending["request_id"]), json.dumps(ANSWER).encode())])
     thread.join()
-    assert replies == [{"metrics": None}]
+    assert replies == [ANSWER]
     assert time.monotonic() - started < HOLD_S / 2
 
 
 def test_an_answer_can_be_fetched_again(client, pending):
-    client.service.jobs.commit([Outcome(int(pending["request_id"]), b'{"a": 1}')])
-    assert [client.result(pending) for _ in range(3)] == [{"a": 1}] * 3
+    client.service.jobs.commit([Outcome(int(pending["request_id"]), json.dumps(ANSWER).encode())])
+    assert [client.result(pending) for _ in range(3)] == [ANSWER] * 3
 
 
 def test_a_pruned_answer_is_gone_and_says_so(client, pending):
-    client.service.jobs.commit([Outcome(int(pending["request_id"]), b'{"a": 1}')])
+    client.service.jobs.commit([Outcome(int(pending["request_id"]), json.dumps(ANSWER).encode())])
     client.service.jobs.prune(now() + 1)
     reply = client.post("retrieve_future", json={"request_id": pending["request_id"]})
     assert reply.status_code == 410
@@ -150,9 +154,9 @@ def test_cancelling_fails_a_sample_that_waits_or_runs(client, sampler):
 
 
 def test_cancelling_what_is_done_changes_nothing(client, pending):
-    client.service.jobs.commit([Outcome(int(pending["request_id"]), b'{"a": 1}')])
+    client.service.jobs.commit([Outcome(int(pending["request_id"]), json.dumps(ANSWER).encode())])
     client.ask("cancel_future", request_id=pending["request_id"])
-    assert client.result(pending) == {"a": 1}
+    assert client.result(pending) == ANSWER
 
 
 def test_a_held_poll_learns_of_the_cancellation(client, pending):

@@ -37,7 +37,7 @@ def test_an_unnamed_save_makes_the_sampler_at_once(client, model):
         "save_weights_for_sampler", model_id=model, sampling_session_seq_id=3, kind="inflight", seq_id=1
     )
     session = model.split(":")[0]
-    assert client.result(future) == {"sampling_session_id": f"{session}:sample:3"}
+    assert client.result(future)["sampling_session_id"] == f"{session}:sample:3"
     with reading(client.service.db) as db:
         sampler = db.get(Sampler, f"{session}:sample:3")
     assert (sampler.kind, sampler.base_model, sampler.seq) == ("inflight", "org/base", 3)
