@@ -10,6 +10,7 @@ from tests.support.server import BASE_MODEL, Server
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # deprecated methods of the SDK are on the page too
 def test_the_page_is_what_a_server_does(tiny_qwen3: Path, tmp_path: Path) -> None:
     """One test, so that the calls are made once however tests are spread over processes."""
     (tmp_path / "server").mkdir()
