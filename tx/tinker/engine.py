@@ -29,7 +29,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sqlalchemy.engine import Engine as Database
@@ -389,7 +389,7 @@ class Engine:
                 self._rebuilds.abort(error)
             return [Finished(header.request_id, error=error) for header in held]
 
-    def _deliver(self, finished: Iterable[Finished]) -> None:
+    def _deliver(self, finished: Sequence[Finished]) -> None:
         outcomes: list[Outcome] = []
         for done in finished:
             if done.job_id < 0:
@@ -412,7 +412,8 @@ class Engine:
             self._passed(header)
         if outcomes:
             self._commit(outcomes)
-        self._in_flight.set(self._running)
+        if finished:
+            self._in_flight.set(self._running)
 
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         """Commit, and again while the database is away: an outcome that is lost would be computed anew."""

@@ -8,7 +8,7 @@ between slices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
 from sqlalchemy.engine import Engine as Database
@@ -16,7 +16,7 @@ from sqlmodel import select
 
 from tx.errors import ModelLost, NotFound, TxError
 from tx.tinker.checkpoints import BrokenCheckpoint
-from tx.tinker.db import AWAY, Checkpoint, RecoveryPoint, reading
+from tx.tinker.db import AWAY, Checkpoint, Job, RecoveryPoint, reading
 from tx.tinker.jobs import JobTable
 from tx.tinker.reads import when_read
 from tx.tinker.recovery import Replay, plan_replay
@@ -54,15 +54,16 @@ class Rebuilds:
 
     def begin_model(self, model_id: str) -> None:
         """Start to rebuild a model; raises what makes that impossible."""
-        self._plan(model_id)
-        barriers = [job.seq_id for job in self._jobs.history(model_id) if job.kind not in COMMUTING]
+        history = self._jobs.history(model_id)
+        replay = self._plan(model_id, history)
+        barriers = [job.seq_id for job in history if job.kind not in COMMUTING]
         self.last_barrier[model_id] = max((seq_id for seq_id in barriers if seq_id is not None), default=-1)
-        self._under_way[model_id] = self._rebuild(model_id, model_id)
+        self._under_way[model_id] = self._rebuild(replay, model_id, model_id)
 
     def begin_snapshot(self, need: SnapshotNeed) -> None:
         """Start to rebuild an ephemeral snapshot, on a model of its own that goes when it is taken."""
-        self._plan(need.model_id, until=need.request_id)
-        self._under_way[need.snapshot_id] = self._rebuild_snapshot(need)
+        replay = self._plan(need.model_id, self._jobs.history(need.model_id), need.request_id)
+        self._under_way[need.snapshot_id] = self._rebuild_snapshot(replay, need)
 
     def take(self, finished: Finished) -> None:
         """A replayed micro-batch's outcome."""
@@ -91,26 +92,27 @@ class Rebuilds:
             del self._under_way[key]
         return ended
 
-    def _plan(self, model_id: str, until: int | None = None) -> Replay:
+    def _plan(self, model_id: str, history: Sequence[Job], until: int | None = None) -> Replay:
         with reading(self._db) as session:
             checkpoints = session.exec(select(Checkpoint).where(Checkpoint.model_id == model_id)).all()
         starts: list[Checkpoint | RecoveryPoint] = [*checkpoints, *self._points.of(model_id)]
         readable = [start for start in starts if _key(start) not in self._damaged]
-        return plan_replay(model_id, self._jobs.history(model_id), readable, until)
+        return plan_replay(model_id, history, readable, until)
 
-    def _rebuild(self, model_id: str, target: str, until: int | None = None) -> Iterator[None]:
+    def _rebuild(self, replay: Replay, model_id: str, target: str, until: int | None = None) -> Iterator[None]:
         try:
-            replay = yield from self._restore_start(model_id, target, until)
+            replay = yield from self._restore_start(replay, model_id, target, until)
             yield from self._replay(replay, target)
         except BaseException:
             self._worker.drop_model(target)  # half a model must not look like a whole one
             raise
         log.info("rebuilt %s", target)
 
-    def _restore_start(self, model_id: str, target: str, until: int | None) -> Generator[None, None, Replay]:
+    def _restore_start(
+        self, replay: Replay, model_id: str, target: str, until: int | None
+    ) -> Generator[None, None, Replay]:
         """Put the newest state that can be read into ``target``; what is left to replay."""
         while True:
-            replay = self._plan(model_id, until)
             log.info("rebuilding %s: %s jobs after %s", target, len(replay.jobs), _start_of(replay))
             start = replay.start
             if start is None:
@@ -120,6 +122,7 @@ class Rebuilds:
             except (BrokenCheckpoint, NotFound) as error:
                 log.warning("%s can't be rebuilt from %s, so from an older state: %s", target, _start_of(replay), error)
                 self._damaged.add(_key(start))
+                replay = self._plan(model_id, self._jobs.history(model_id), until)
                 continue
             self._worker.restore_model(target, state, with_optimizer=True)
             self._work.applied[target] = start.seq_id
@@ -142,10 +145,10 @@ class Rebuilds:
                 waiting.append(job_id)
         yield from self._wait(waiting)
 
-    def _rebuild_snapshot(self, need: SnapshotNeed) -> Iterator[None]:
+    def _rebuild_snapshot(self, replay: Replay, need: SnapshotNeed) -> Iterator[None]:
         target = f"{need.snapshot_id}#rebuild"
         try:
-            yield from self._rebuild(need.model_id, target, need.request_id)
+            yield from self._rebuild(replay, need.model_id, target, need.request_id)
             self._work.keep_rebuilt(need, target)
         finally:
             self._worker.drop_model(target)

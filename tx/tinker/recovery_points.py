@@ -103,7 +103,6 @@ class RecoveryPoints:
 
     def after_step(self, model_id: str, seq_id: int | None) -> bool:
         """Take a point if it is time; the model's job ``seq_id``, an ``optim_step``, has just committed."""
-        self.collect()
         tally = self._tallies[model_id]
         trained_s = tally.tokens * self._seconds / max(1, self._tokens)
         if seq_id is None or model_id in self._writing or len(self._writing) >= _MAX_WRITING:

@@ -64,11 +64,11 @@ def test_the_url_leads_back_the_way_the_request_came(client, model):
     )["adapter_config.json"]
     assert behind.startswith("https://tinker.example/svc/api/v1/files/")
     assert urls_of(client, path, host="10.0.0.7:99")["adapter_config.json"].startswith("http://10.0.0.7:99/api/v1/")
-    client.app.root_path = "/root"
-    route = f"http://test/root/api/v1/training_runs/{model}/checkpoints/{path.checkpoint_id}/external_weights_urls"
+    client.app.root_path = "/prefix"
+    route = f"http://test/prefix/api/v1/training_runs/{model}/checkpoints/{path.checkpoint_id}/external_weights_urls"
     url = client.get(route).json()["urls"]["adapter_config.json"]
-    assert url.startswith("http://test/root/api/v1/files/")
-    assert urlsplit(url).path == "/root" + urlsplit(local).path
+    assert url.startswith("http://test/prefix/api/v1/files/")
+    assert urlsplit(url).path == "/prefix" + urlsplit(local).path
 
 
 def changed(url: str, **query: str) -> str:
