@@ -15,9 +15,10 @@ from tx.tinker.config import TxConfig, parse_args
 WORKER = """
 import sys, threading, time
 from tx.tinker.api_workers import Parent
+from tx.tinker.supervisor import say_ready
 assert Parent.made_us()
 parent, gone = Parent(), threading.Event()
-parent.say_ready()
+say_ready()
 parent.watch(gone.set)
 while parent.pid is None:
     time.sleep(0.001)

@@ -50,7 +50,7 @@ from tx.tinker.routes import (
     weights,
 )
 from tx.tinker.service import Service, service_of
-from tx.tinker.supervisor import Supervisor, engine_command
+from tx.tinker.supervisor import Supervisor, engine_command, say_ready
 from tx.utils.log import set_up
 
 log = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def run_worker(config: TxConfig) -> int:
     service_ = Service(config, db, None if config.external_engine else parent)
     service_.metrics = Metrics(api_worker=str(parent.number))
     app = create_app(service_, keeps_house=parent.number == api_workers.FIRST)
-    server = _Server(_uvicorn_config(config, app), service_, None, on_listening=parent.say_ready)
+    server = _Server(_uvicorn_config(config, app), service_, None, on_listening=say_ready)
     parent.watch(server.leave)
     try:
         server.run(sockets=[parent.listener])

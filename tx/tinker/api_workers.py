@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from tx.tinker.config import TxConfig
-from tx.tinker.supervisor import PARENT_FD, READY_FD, Supervisor, engine_command
+from tx.tinker.supervisor import PARENT_FD, Supervisor, engine_command
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +135,6 @@ class Parent:
     def watch(self, on_gone: Callable[[], None]) -> None:
         """From now on listen to the parent in a thread; when it is gone, so are we soon, whatever ``on_gone`` does."""
         threading.Thread(target=self._listen, args=(on_gone,), name="parent", daemon=True).start()
-
-    def say_ready(self) -> None:
-        """We accept connections now."""
-        os.write(int(os.environ[READY_FD]), b"r")
 
     def _listen(self, on_gone: Callable[[], None]) -> None:
         with open(self._pipe, "rb") as lines:

@@ -12,13 +12,12 @@ from sqlalchemy import func, or_
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import Session as DbSession
 from sqlmodel import col, select
+from sqlmodel.sql.expression import SelectOfScalar
 
 from tx.errors import InvalidInput, NotFound
 from tx.tinker import audit
 from tx.tinker.db import AuditEntry, Checkpoint, Model, now, reading, writing
 from tx.tinker.wire import paths
-
-KINDS = ("weights", "sampler_weights", "external_weights")
 
 _EXPIRE_AT_ONCE = 500
 """Folders per transaction, so that nobody waits long for the write lock."""
@@ -27,6 +26,18 @@ _EXPIRE_AT_ONCE = 500
 def living(at: float) -> Any:
     """Condition: not expired at ``at`` (UTC seconds)."""
     return or_(col(Checkpoint.expires_at).is_(None), col(Checkpoint.expires_at) > at)
+
+
+def has_expired(checkpoint: Checkpoint, at: float) -> bool:
+    """The opposite of ``living``, of a row."""
+    return checkpoint.expires_at is not None and checkpoint.expires_at <= at
+
+
+def at_path(path: paths.TinkerPath) -> SelectOfScalar[Checkpoint]:
+    """The query of the one row that a path names, expired or not."""
+    return select(Checkpoint).where(
+        Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
+    )
 
 
 class CheckpointRows:
@@ -42,7 +53,9 @@ class CheckpointRows:
         self._db = db
         self._clock = clock
 
-    def page(self, limit: int, offset: int, kinds: Collection[str] = KINDS) -> tuple[Sequence[Checkpoint], int]:
+    def page(
+        self, limit: int, offset: int, kinds: Collection[str] = paths.PATH_KINDS
+    ) -> tuple[Sequence[Checkpoint], int]:
         """Checkpoints of all models, newest first, and how many there are on all pages."""
         query = select(Checkpoint).where(living(self._clock()), col(Checkpoint.kind).in_(kinds))
         with reading(self._db) as db:
@@ -50,7 +63,7 @@ class CheckpointRows:
             ordered = query.order_by(col(Checkpoint.created_at).desc(), col(Checkpoint.id).desc())
             return db.exec(ordered.limit(limit).offset(offset)).all(), total
 
-    def of_model(self, model_id: str, kinds: Collection[str] = KINDS) -> Sequence[Checkpoint]:
+    def of_model(self, model_id: str, kinds: Collection[str] = paths.PATH_KINDS) -> Sequence[Checkpoint]:
         """All checkpoints of one model, oldest first; raises NotFound if there is no such model."""
         query = select(Checkpoint).where(
             Checkpoint.model_id == model_id, living(self._clock()), col(Checkpoint.kind).in_(kinds)
@@ -91,22 +104,19 @@ class CheckpointRows:
         at = self._clock()
         query = select(Checkpoint.folder).where(~living(at)).distinct().limit(_EXPIRE_AT_ONCE)
 
-        def expired(row: Checkpoint) -> bool:
-            return row.expires_at is not None and row.expires_at <= at
-
         gone: list[Checkpoint] = []
         while True:
             with writing(self._db) as db:
                 folders = set(db.exec(query).all())
-                gone += _delete(db, folders, expired, "expire")
+                gone += _delete(db, folders, lambda row: has_expired(row, at), "expire")
             if len(folders) < _EXPIRE_AT_ONCE:
                 return gone
 
     def _find(self, db: DbSession, model_id: str, checkpoint_id: str, *columns: Any) -> Any:
         """The row, locked; or these columns of it, not locked."""
         kind, _, name = checkpoint_id.partition("/")
-        if kind not in KINDS:
-            raise InvalidInput("checkpoint_id", checkpoint_id, f"<{'|'.join(KINDS)}>/<name>")
+        if kind not in paths.PATH_KINDS:
+            raise InvalidInput("checkpoint_id", checkpoint_id, f"<{'|'.join(paths.PATH_KINDS)}>/<name>")
         query = (select(*columns) if columns else select(Checkpoint).with_for_update()).where(
             Checkpoint.model_id == model_id,
             Checkpoint.kind == kind,

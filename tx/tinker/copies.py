@@ -14,10 +14,10 @@ from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session as DbSession
 from sqlmodel import select
-from sqlmodel.sql.expression import SelectOfScalar
 
 from tx.errors import InvalidInput, NotFound
 from tx.tinker import audit
+from tx.tinker.checkpoint_rows import at_path, has_expired
 from tx.tinker.db import Checkpoint, Model, Session, now, writing
 from tx.tinker.wire import paths
 from tx.tinker.wire.paths import TinkerPath
@@ -71,11 +71,10 @@ def _retried(session: DbSession, request: CopyRequest) -> TinkerPath | None:
 
 def _copy(session: DbSession, request: CopyRequest) -> TinkerPath:
     # Locked (PostgreSQL), so that its files can't go between this look and the row that shares them.
-    source = session.exec(_at(request.source).with_for_update()).first()
+    source = session.exec(at_path(request.source).with_for_update()).first()
     source_model = session.get(Model, request.source.model_id)
     created = now()
-    expired = source is not None and source.expires_at is not None and source.expires_at < created
-    if source is None or source_model is None or expired:
+    if source is None or source_model is None or has_expired(source, created):
         raise NotFound("source_path", str(request.source), "the path of a checkpoint on this server")
     session_id = _session(session, request, created)
     model_id = paths.model_id(session_id, request.model_seq_id)
@@ -124,12 +123,6 @@ def _session(session: DbSession, request: CopyRequest, created: float) -> str:
     )
     session.add(made)
     return made.session_id
-
-
-def _at(path: TinkerPath) -> SelectOfScalar[Checkpoint]:
-    return select(Checkpoint).where(
-        Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
-    )
 
 
 def _path(row: Checkpoint) -> TinkerPath:

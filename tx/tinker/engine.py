@@ -47,6 +47,7 @@ from tx.tinker.rebuild import Rebuilds
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
+from tx.tinker.supervisor import say_ready
 from tx.tinker.work import KIND_OF_SAVE, Work, Writing, made_sampler
 from tx.types import Finished
 from tx.utils import log as log_setup
@@ -506,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)
             if not stopping.is_set():
                 ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
-                startup.say_ready()
+                say_ready()
                 log.info("ready")
                 engine.run(stopping.is_set)
             log.info("stopped")

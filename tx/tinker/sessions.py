@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel, col, or_, select
 
 from tx.errors import InvalidInput, NotFound
-from tx.tinker import audit
+from tx.tinker import audit, checkpoint_rows
 from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, reading, writing
 from tx.tinker.wire import paths
 
@@ -194,16 +194,10 @@ class Sessions:
 
     def checkpoint(self, path: paths.TinkerPath, field: str = "path") -> tuple[Checkpoint, Model]:
         """A finished checkpoint and the model that it was saved from."""
-        query = select(Checkpoint).where(
-            Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
-        )
         with reading(self._db) as db:
-            checkpoint = db.exec(query).first()
+            checkpoint = db.exec(checkpoint_rows.at_path(path)).first()
             model = db.get(Model, path.model_id)
-        expired = (
-            checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at <= self._clock()
-        )
-        if checkpoint is None or model is None or expired:
+        if checkpoint is None or model is None or checkpoint_rows.has_expired(checkpoint, self._clock()):
             raise NotFound(field, str(path), "the path of a checkpoint on this server")
         return checkpoint, model
 

@@ -25,16 +25,11 @@ from tx.tinker.config import TxConfig
 from tx.tinker.db import Model, open_database, reading
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.registration import Registration
+from tx.tinker.supervisor import PARENT_FD
 from tx.utils.log import human_bytes
 from tx.worker.worker import Worker
 
 log = logging.getLogger(__name__)
-
-PARENT_FD = "TX_PARENT_FD"
-"""Environment variable with the read end of a pipe that our parent holds: end of file means that it is gone."""
-
-READY_FD = "TX_READY_FD"
-"""Environment variable with the write end of a pipe through which our parent hears that we are ready."""
 
 HARD_STOP_S = 2.0
 """A slice or a compilation that takes longer than this is not waited for: its jobs start again next time."""
@@ -96,13 +91,6 @@ def stop_signals() -> threading.Event:
         parent = (int(descriptor),)
         threading.Thread(target=watch, args=parent, kwargs={"until_end": True}, name="parent", daemon=True).start()
     return stop
-
-
-def say_ready() -> None:
-    """Tell our parent, if it asked to know."""
-    if (descriptor := os.environ.get(READY_FD)) is not None:
-        with contextlib.suppress(OSError):  # it is gone, and so are we in an instant
-            os.write(int(descriptor), b"r")
 
 
 def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], bool]) -> None:

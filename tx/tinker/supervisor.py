@@ -201,6 +201,13 @@ class Supervisor:
         return ready_at, code
 
 
+def say_ready() -> None:
+    """In a supervised process: tell the parent, if there is one that asked to know."""
+    if (descriptor := os.environ.get(READY_FD)) is not None:
+        with contextlib.suppress(OSError):  # it is gone, and so are we in an instant
+            os.write(int(descriptor), b"r")
+
+
 def engine_command(argv: Sequence[str]) -> list[str]:
     """The command of tx's own engine."""
     return [sys.executable, "-m", "tx.tinker.engine", *argv]

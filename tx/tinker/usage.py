@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Float, Integer, String, and_, case, cast, exists, func, literal, or_, select
+from sqlalchemy import Float, Integer, String, and_, case, cast, exists, func, literal, select
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.sql.elements import ColumnElement
 from sqlmodel import col
 
+from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, reading
 from tx.tinker.wire import admin
 from tx.tinker.wire.responses import timestamp
@@ -64,7 +65,7 @@ def current_storage(
     db: Database, prices: Prices, now_s: float, project_id: str | None = None
 ) -> list[admin.StorageItem]:
     """What lies in storage now, by project; bytes that copies share count once, where they were first."""
-    lives = or_(col(Checkpoint.expires_at).is_(None), col(Checkpoint.expires_at) > now_s)
+    lives = living(now_s)
     first = select(func.min(Checkpoint.id)).where(lives).group_by(col(Checkpoint.folder))
     query = (
         select(

@@ -19,6 +19,7 @@ from sqlmodel import SQLModel, select
 from tx import types
 from tx.errors import InvalidInput, ModelLost, NotFound, Unsupported
 from tx.tinker import age_files, model_files, recordings
+from tx.tinker.checkpoint_rows import at_path, has_expired
 from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
 from tx.tinker.jobs import Outcome
@@ -158,7 +159,7 @@ class Work:
         if path.kind != "weights":
             raise InvalidInput("path", str(path), "a training checkpoint, tinker://<model_id>/weights/<name>")
         checkpoint = self._checkpoint(path)
-        if checkpoint is None or _expired(checkpoint):
+        if checkpoint is None or has_expired(checkpoint, now()):
             raise NotFound("path", str(path), "a checkpoint that exists")
         state = self.read_state(checkpoint)
         with_optimizer = bool(request.get("optimizer"))
@@ -385,7 +386,7 @@ class Work:
     def _path_need(self, model_path: str) -> SnapshotNeed:
         path = paths.parse_path(model_path, "model_path")
         checkpoint = self._checkpoint(path)
-        if checkpoint is None or _expired(checkpoint):
+        if checkpoint is None or has_expired(checkpoint, now()):
             raise NotFound("model_path", model_path, "a checkpoint that exists")
         return SnapshotNeed(_checkpoint_snapshot(path, checkpoint.created_at), checkpoint)
 
@@ -407,11 +408,8 @@ class Work:
         return model
 
     def _checkpoint(self, path: TinkerPath) -> Checkpoint | None:
-        query = select(Checkpoint).where(
-            Checkpoint.model_id == path.model_id, Checkpoint.kind == path.kind, Checkpoint.name == path.name
-        )
         with reading(self._db) as session:
-            return session.exec(query).first()
+            return session.exec(at_path(path)).first()
 
     def _is_named(self, folder: str) -> bool:
         """Whether a checkpoint's files lie in this folder, be it a copy's."""
@@ -444,10 +442,6 @@ def made_sampler(job: Job) -> str | None:
 def _checkpoint_snapshot(path: TinkerPath, created_at: float) -> str:
     """A checkpoint that is overwritten is another snapshot, so its time is part of the name."""
     return f"{path}?{created_at!r}"
-
-
-def _expired(checkpoint: Checkpoint) -> bool:
-    return checkpoint.expires_at is not None and checkpoint.expires_at < now()
 
 
 def _changed(row: Any, **values: Any) -> Any:

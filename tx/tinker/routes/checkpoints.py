@@ -7,16 +7,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 
-from tx.tinker.checkpoint_rows import KINDS
 from tx.tinker.openapi import refuses
 from tx.tinker.service import Api, CheckpointId, Limit, ModelId, Offset, body
-from tx.tinker.wire import compat, requests, responses
+from tx.tinker.wire import compat, paths, requests, responses
 
 router = APIRouter()
 
 
 def _listed_kinds(http: Request) -> Collection[str]:
-    return [kind for kind in KINDS if kind != "external_weights" or compat.reads_external(http.headers)]
+    return [kind for kind in paths.PATH_KINDS if kind != "external_weights" or compat.reads_external(http.headers)]
 
 
 ListedKinds = Annotated[Collection[str], Depends(_listed_kinds)]
