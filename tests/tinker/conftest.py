@@ -181,6 +181,14 @@ class Client(TestClient):
 
 
 @pytest.fixture
+def db(database_url):
+    """An empty database; the test runs on both."""
+    database = tables.open_database(database_url)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
 def config(tmp_path):
     return TxConfig(base_model=BASE, data_dir=tmp_path, database_url=f"sqlite:///{tmp_path / 'tx.db'}")
 

@@ -8,18 +8,10 @@ import hmac
 import json
 import threading
 
-import pytest
 from sqlmodel import select
 
 from tx.tinker.auth import TOKEN_LIFETIME_S, new_token
 from tx.tinker.db import Secret, now, open_database, reading
-
-
-@pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
 
 
 def decode(part: str) -> bytes:

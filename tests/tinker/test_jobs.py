@@ -17,13 +17,6 @@ BASE = "org/base"
 
 
 @pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
-
-
-@pytest.fixture
 def jobs(db):
     return JobTable(db)
 

@@ -15,13 +15,6 @@ from tx.tinker.notify import ChangeSignal
 
 
 @pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
-
-
-@pytest.fixture
 def signals(database_url, db):
     pair = ChangeSignal(database_url), ChangeSignal(database_url)
     yield pair

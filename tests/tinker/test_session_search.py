@@ -8,19 +8,12 @@ import pytest
 from tinker.types import SessionSearchRequest, SessionSearchResponse
 
 from tests.tinker.test_sessions import model_row
-from tx.tinker.db import Checkpoint, Job, Session, open_database, writing
+from tx.tinker.db import Checkpoint, Job, Session, writing
 from tx.tinker.session_search import search
 from tx.tinker.wire.requests import SearchSessions, parse
 
 NOW = 10_000.0
 FRESH, SILENT = NOW - 10.0, NOW - 500.0
-
-
-@pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
 
 
 @pytest.fixture

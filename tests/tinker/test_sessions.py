@@ -7,16 +7,9 @@ import threading
 import pytest
 
 from tx.errors import InvalidInput, NotFound
-from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, open_database, writing
+from tx.tinker.db import Checkpoint, Model, Sampler, Session, now, writing
 from tx.tinker.sessions import Sessions
 from tx.tinker.wire.paths import parse_path
-
-
-@pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
 
 
 @pytest.fixture

@@ -8,15 +8,7 @@ import threading
 import pytest
 
 from tx.tinker import telemetry
-from tx.tinker.db import open_database
 from tx.tinker.telemetry import MAX_EVENT_BYTES, MAX_OF_BATCH, newest
-
-
-@pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
 
 
 def report(*events, session: str = "s", **batch) -> bytes:

@@ -7,15 +7,8 @@ import json
 import pytest
 
 from tx.tinker import traces
-from tx.tinker.db import Job, now, open_database, writing
+from tx.tinker.db import Job, now, writing
 from tx.tinker.traces import chrome_trace
-
-
-@pytest.fixture
-def db(database_url):
-    database = open_database(database_url)
-    yield database
-    database.dispose()
 
 
 def job(kind: str, created: float, session: str = "s", **values) -> Job:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.golden_lora import read_golden, relative_error
+from tests.support.golden_lora import relative_error
 from tests.support.trainer_lab import (
     CASES,
     Lab,
@@ -27,11 +27,6 @@ from tx.worker.adapters import AdapterStore
 from tx.worker.layerwise import Layerwise
 from tx.worker.passes import Job, Passes
 from tx.worker.shapes import Limits
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(read_golden("lora_llama", tmp_path_factory.mktemp("lora") / "llama"))
 
 
 @pytest.mark.parametrize("loss_fn", ["cross_entropy", "ppo", "gspo"])

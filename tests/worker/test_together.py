@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.support.golden_lora import read_golden
 from tests.support.trainer_lab import (
     RANKS,
     Lab,
@@ -25,11 +24,6 @@ from tx.worker.layerwise import Layerwise
 from tx.worker.passes import Job, Passes
 from tx.worker.shapes import Limits
 from tx.worker.together import MOST_TOKENS, Together
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(read_golden("lora_llama", tmp_path_factory.mktemp("lora") / "llama"))
 
 
 def tiny_requests() -> list[ForwardBackward]:

@@ -20,11 +20,6 @@ from tx.worker.shapes import Shape
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(read_golden("lora_llama", tmp_path_factory.mktemp("lora") / "llama"))
-
-
-@pytest.fixture(scope="module")
 def qwen_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(read_golden("lora_qwen3", tmp_path_factory.mktemp("lora") / "qwen3"))
 
