@@ -25,7 +25,8 @@ from tx.tinker.in_flight import InFlight
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.recovery_points import RecoveryPoints
 from tx.tinker.registration import Registration
-from tx.tinker.startup import say_ready, stop_signals
+from tx.tinker.startup import stop_signals
+from tx.tinker.supervisor import say_ready
 from tx.utils import log
 
 

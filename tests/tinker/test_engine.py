@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_a_server_error_and_an_expired_one_is_none(bench
     fails(bench.run(client.do("load_weights", path="tinker://sess-a:train:0/weights/ck", optimizer=True))[0],
           "server", "optimizer.safetensors")  # fmt: skip
     with writing(bench.db) as db:
-        db.merge(Checkpoint(**(db.get(Checkpoint, 2).model_dump() | {"expires_at": now() - 1})))
+        db.exec(select(Checkpoint).where(Checkpoint.name == "old")).one().expires_at = now() - 1
     old = "tinker://sess-a:train:0/weights/old"
     fails(bench.run(client.do("load_weights", path=old, optimizer=True))[0], "user", "old")
 

@@ -264,7 +264,7 @@ def open_database(url: str, max_connections: int = MAX_CONNECTIONS) -> Database:
             _migrate(connection)
     except (ArgumentError, NoSuchModuleError) as error:
         raise StartupError(f"--database-url can't be read: {str(error).splitlines()[0]}.") from error
-    except (OperationalError, OSError) as error:
+    except (OperationalError, sqlite3.OperationalError, OSError) as error:
         shown = make_url(url).render_as_string(hide_password=True)
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise StartupError(f"The database {shown} can't be opened: {reason}.") from error
@@ -316,7 +316,6 @@ def _open_sqlite(url: str, pool: dict[str, int]) -> Database:
     def set_up(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves, below
         # FULL: a future's answer is durable before the client sees it.
-        connection.execute("PRAGMA journal_mode=WAL").close()
         connection.execute("PRAGMA synchronous=FULL").close()
 
     @event.listens_for(db, "begin")
@@ -324,6 +323,9 @@ def _open_sqlite(url: str, pool: dict[str, int]) -> Database:
         write = connection.get_execution_options().get("tx_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
+    # The file remembers its journal's mode. Changing it doesn't wait for others, it fails: so one process at a time.
+    with _turn_to_write(db), contextlib.closing(sqlite3.connect(database, timeout=_BUSY_TIMEOUT_S)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
     return db
 
 
