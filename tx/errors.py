@@ -5,6 +5,8 @@ TxError
 │   ├── NotFound        it names something that does not exist here (HTTP 404)
 │   ├── TooLarge        a body or a decompressed body past its limit (HTTP 413)
 │   └── Unsupported     a feature of the protocol that tx refuses by name (HTTP 400)
+├── Unauthorized        no API key, or none that counts (HTTP 401)
+├── TooSlow             a request that does not arrive in time (HTTP 408)
 ├── Forbidden           a signed address that is wrong or too old (HTTP 403)
 ├── Overloaded          come back later (HTTP 429)
 ├── StorageError        checkpoints can't be written or read at the moment, and why (future category "server")
@@ -43,8 +45,24 @@ class Forbidden(TxError):
     """What was shown to get in is wrong or too old."""
 
 
+class Unauthorized(TxError):
+    """The request has no API key, or one that does not count; ``invalid_token``: a token that can be renewed."""
+
+    def __init__(self, message: str, *, invalid_token: bool = False) -> None:
+        self.invalid_token = invalid_token
+        super().__init__(message)
+
+
+class TooSlow(TxError):
+    """The rest of a request did not arrive in time."""
+
+
 class Overloaded(TxError):
-    """The service has as much queued as it accepts; try again later."""
+    """There is as much queued, or asked, as is accepted; try again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class ModelLost(TxError):

@@ -59,6 +59,7 @@ def test_a_worker_learns_of_the_engine_and_of_its_parents_death():
 
 def test_a_workers_command_says_the_same_as_the_parents():
     given = ["--base-model", "org/model", "--max-lora-rank", "8", "--api-workers", "3", "--external-engine"]
+    given += ["--api-keys-file", "keys"]
     config = parse_args(given, "tx", environ={})
     command = worker_command(config)
     assert command[:3] == [sys.executable, "-m", "tx.tinker.api"]

@@ -165,3 +165,14 @@ def test_nobody_joins_a_sampler_whose_session_is_finished(sessions):
         sessions.join_sampler(sampler_id)
     with pytest.raises(NotFound, match="sampling_session_id"):
         sessions.join_sampler("s:sample:9")
+
+
+def test_heartbeats_of_many_owners_are_one_write_and_each_only_for_his_own(db):
+    hers, his = (Sessions(db, lambda: 5.0, owner) for owner in ("alice", "bob"))
+    a, b = hers.create(row()), his.create(row())
+    both = Sessions(db, lambda: 9.0)
+    beats = [(a, "alice"), (a, "bob"), (b, "alice"), ("nobody", "alice")]
+    assert both.heartbeats(beats) == {(a, "alice"): True}
+    assert (both.get(a).heartbeat_at, both.get(b).heartbeat_at) == (9.0, 0.0)
+    assert hers.heartbeat(a, b) == {a: True}
+    assert both.heartbeats([(a, None), (b, None)]) == {(a, None): True, (b, None): True}

@@ -33,7 +33,7 @@ from tx.models.lora_sites import lora_sites
 from tx.tinker import audit, model_files
 from tx.tinker.checkpoints import CARD, BrokenCheckpoint, CheckpointCard, CheckpointFolders, check_file, parse_card
 from tx.tinker.config import DEMO, TxConfig, environment_name, fail
-from tx.tinker.db import Checkpoint, Engine, Model, Session, now, open_database, reading, writing
+from tx.tinker.db import LOCAL, Checkpoint, Engine, Model, Session, now, open_database, reading, writing
 from tx.tinker.wire import paths
 from tx.types import ModelState
 from tx.worker.adapters import ranks, site_shapes, trained_sites
@@ -60,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = TxConfig.model_validate({name: value for name, value in given.items() if value})
         done = import_adapter(
-            arguments.adapter, config, arguments.name, arguments.project_id, arguments.session_name, arguments.tag
+            arguments.adapter,
+            config,
+            arguments.name,
+            arguments.project_id,
+            arguments.session_name,
+            arguments.tag,
+            arguments.owner,
         )
     except TxError as error:
         fail(error if isinstance(error, StartupError) else StartupError(str(error)))
@@ -76,6 +82,7 @@ def import_adapter(
     project_id: str | None = None,
     session_name: str | None = None,
     tags: Sequence[str] = (),
+    owner: str = LOCAL,
 ) -> Imported:
     """Make a checkpoint of the adapter in a folder or a hub repository.
 
@@ -83,6 +90,7 @@ def import_adapter(
         config: of the server, as far as it says where the database and the checkpoints are; its ``base_model`` may be
             None if the database knows one base model alone.
         name: of the checkpoint.
+        owner: name of the API key that it will belong to.
 
     Raises:
         InvalidInput: the adapter doesn't fit the base model or isn't one that tx can hold; nothing has been written.
@@ -104,7 +112,7 @@ def import_adapter(
     session = Session(
         session_id=session_id, created_at=created_at, heartbeat_at=created_at, finished_at=created_at,
         finish_reason="success", finish_detail="an import", tags=list(tags), user_metadata=where,
-        display_name=session_name, project_id=project_id,
+        display_name=session_name, project_id=project_id, owner=owner,
     )  # fmt: skip
     lora = state.lora
     model = Model(
@@ -118,7 +126,7 @@ def import_adapter(
         created_at=created_at, user_metadata=where, has_optimizer=has_optimizer,
     )  # fmt: skip
     entry = audit.entry(
-        "checkpoints", "checkpoint.import", model_id=path.model_id, tinker_path=str(path), imported_from=source
+        "checkpoints", "checkpoint.import", owner, model_id=path.model_id, tinker_path=str(path), imported_from=source
     )
     try:
         with writing(db) as transaction:
@@ -225,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--project-id", help="project of the session that the import makes")
     parser.add_argument("--session-name", help="display name of that session")
     parser.add_argument("--tag", action="append", default=[], help="a tag of that session; may be given several times")
+    parser.add_argument("--owner", default=LOCAL, help=f"name of the API key that it will belong to [{LOCAL}]")
     of_base_model = "hub id, folder or served name of the base model (default: the only one of the database)"
     for name in _FLAGS:
         description = of_base_model if name == "base_model" else TxConfig.model_fields[name].description

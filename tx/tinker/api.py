@@ -31,8 +31,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx import __version__
-from tx.errors import Forbidden, InvalidInput, NotFound, Overloaded, StartupError, TooLarge, TxError
+from tx.errors import (
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    StartupError,
+    TooLarge,
+    TooSlow,
+    TxError,
+    Unauthorized,
+)
 from tx.tinker import api_workers, openapi
+from tx.tinker.auth import ANYBODY, KeyRing
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
 from tx.tinker.metrics import Metrics
@@ -50,6 +61,7 @@ from tx.tinker.routes import (
     weights,
 )
 from tx.tinker.service import Service, service_of
+from tx.tinker.slow_clients import Connection, body_deadline
 from tx.tinker.supervisor import Supervisor, engine_command, say_ready
 from tx.utils.log import set_up
 
@@ -61,6 +73,15 @@ MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
 
+_SPARE_FILES = 256
+"""Descriptors that are not for connections: the database, files on their way out, the engine's pipes."""
+
+_OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/files/")
+"""Paths that need no API key: one whole, and all that begin like the other, whose URLs are signed."""
+
+_UNCOUNTED = f"{PREFIX}/session_heartbeat"
+"""Never refused for its key's rate: a client that is told to wait is not one that has died."""
+
 _NO_NUL = "text without NUL characters"
 
 _SWEEP_S = 300.0
@@ -70,7 +91,9 @@ STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     TooLarge: 413,
     InvalidInput: 400,
+    Unauthorized: 401,
     Forbidden: 403,
+    TooSlow: 408,
     Overloaded: 429,
     TxError: 500,
     PoolTimeout: 503,
@@ -78,8 +101,6 @@ STATUS: dict[type[Exception], int] = {
 }
 """Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
 
-
-_LATER = {"Retry-After": "1"}
 
 _KEEP_ALIVE_S = 30
 """Longer than a client's heartbeats are apart: each would find its connection closed, or closing."""
@@ -116,7 +137,7 @@ def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
     app.state.service = service_
     for module in ROUTERS:
         app.include_router(module.router, prefix=PREFIX, tags=[openapi.tag_of(module)])
-    openapi.publish(app, ROUTERS, PREFIX, service_of)
+    openapi.publish(app, ROUTERS, PREFIX, service_of, _statuses_at_the_gate)
     for kind in STATUS:
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -133,9 +154,17 @@ def status_of(error: Exception) -> int:
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
     status = status_of(error)
     if isinstance(error, TxError):
-        return _reply(status, str(error), _LATER if isinstance(error, Overloaded) else None)
+        return _reply(status, str(error), _headers_of(error))
     log.warning("Database: %s", error)
     return _reply(status, "The database is not available at the moment; try again.")
+
+
+def _headers_of(error: TxError) -> dict[str, str] | None:
+    if isinstance(error, Overloaded):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, Unauthorized) and error.invalid_token:
+        return {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # clients get a new one and ask again
+    return {"Connection": "close"} if isinstance(error, TooSlow) else None
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
@@ -161,7 +190,7 @@ _IN_TURNS = {f"{PREFIX}/{name}" for name in ("asample", "forward_backward", "for
 
 
 class _Gate:
-    """Around everything: what no address and no body may be, turns, one answer for the unforeseen, one count each."""
+    """Around everything: who asks, what no address and no body may be, turns, an answer for the unforeseen, a count."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -180,12 +209,17 @@ class _Gate:
             await send(message)
 
         try:
-            _check_address(scope)
+            try:
+                self._admit(scope)
+                _check_address(scope)
+            except (Unauthorized, Overloaded, InvalidInput):
+                await _read_body(receive, keep=False)  # who still writes would not read our answer
+                raise
             body = await _read_body(receive)
             async with self._service.turns if scope["path"] in _IN_TURNS else contextlib.nullcontext():
                 await self._app(scope, _replay(body, receive), counted_send)
-        except InvalidInput as error:
-            await _reply(status_of(error), str(error))(scope, receive, counted_send)
+        except TxError as error:  # ours: those of the routes are answered inside
+            await _reply(status_of(error), str(error), _headers_of(error))(scope, receive, counted_send)
         except Exception:
             name = uuid.uuid4().hex[:8]
             log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
@@ -195,6 +229,22 @@ class _Gate:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._service.metrics.count("tx_http_requests_total", route=route, status=str(status))
             self._service.metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
+
+    def _admit(self, scope: Scope) -> None:
+        """Find the caller and note him for the routes; raises Unauthorized or Overloaded."""
+        statuses, caller, auth = _statuses_at_the_gate(scope["path"]), ANYBODY, self._service.auth
+        if 401 in statuses:
+            caller = auth.caller(dict(scope["headers"]))
+        if 429 in statuses:
+            auth.count(caller)
+        scope.setdefault("state", {})["caller"] = caller
+
+
+def _statuses_at_the_gate(path: str) -> tuple[int, ...]:
+    """How a request may be refused for its key, or for the rate of that."""
+    if path == _OPEN[0] or path.startswith(_OPEN[1]):
+        return ()
+    return (401,) if path == _UNCOUNTED else (401, 429)
 
 
 def _check_address(scope: Scope) -> None:
@@ -208,23 +258,31 @@ def _check_address(scope: Scope) -> None:
             raise InvalidInput(name.decode("latin-1"), value.decode("latin-1"), _NO_NUL)
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer."""
+async def _read_body(receive: Receive, *, keep: bool = True) -> bytes:
+    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer.
+
+    Raises:
+        TooLarge, TooSlow: there is too much of it, or it takes too long.
+    """
     parts: list[bytes] = []
-    size = 0
+    size, started = 0, asyncio.get_running_loop().time()
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout_at(body_deadline(started, size)):
+                message = await receive()
+        except TimeoutError as error:
+            raise TooSlow(f"body: {size} bytes came in time, and then no more. Send it again, faster.") from error
         if message["type"] != "http.request":
             return b""  # the client hung up; nobody will see the answer
         part = message.get("body", b"")
         size += len(part)
-        if size <= MAX_BODY_BYTES:
+        if size <= MAX_BODY_BYTES and keep:
             parts.append(part)
         else:
             parts.clear()
         if not message.get("more_body", False) or size > _DRAIN_BYTES:
             break
-    if size > MAX_BODY_BYTES:
+    if size > MAX_BODY_BYTES and keep:
         raise TooLarge("body", f"{size} bytes", f"at most {MAX_BODY_BYTES} bytes")
     return b"".join(parts)
 
@@ -293,8 +351,11 @@ def run(config: TxConfig) -> int:
     listener = _listen(config)
     host, port = listener.getsockname()[:2]
     if config.api_workers > 1:
-        open_database(config.resolved_database_url).dispose()  # migrated once, or said once why it can't be
+        # Once for all workers: migrated, read and told, or said why it can't be.
+        open_database(config.resolved_database_url).dispose()
+        keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+        _tell_who_may_come(config, keys)
         try:
             return api_workers.run(config, listener)
         finally:
@@ -312,6 +373,7 @@ def run(config: TxConfig) -> int:
     server = _Server(_uvicorn_config(config, create_app(service_)), service_, supervisor)
     servers.append(server)
     log.info("Listening on http://%s:%d, data in %s", host, port, config.data_folder)
+    _tell_who_may_come(config, service_.auth.keys)
     try:
         if supervisor is not None:
             supervisor.start()
@@ -343,12 +405,32 @@ def run_worker(config: TxConfig) -> int:
 def _uvicorn_config(config: TxConfig, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=Connection,
+        limit_concurrency=max(_SPARE_FILES, _file_limit() - _SPARE_FILES),
         log_config=None,
         access_log=False,
         log_level="info" if config.log_level == "debug" else "warning",  # what uvicorn has to tell, we tell
         timeout_graceful_shutdown=1,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
+
+
+def _tell_who_may_come(config: TxConfig, keys: KeyRing | None) -> None:
+    if keys is not None:
+        log.info("%d API keys may enter; each finds what is its own", len(keys))
+    elif config.is_local:
+        log.info("No --api-keys-file: any key is accepted, and only this machine can reach the server")
+    else:
+        log.warning(
+            "No --api-keys-file, and --host %s: WHOEVER REACHES THIS ADDRESS OWNS EVERYTHING HERE and may read, train, "
+            "publish and delete it. Make keys with `python -m tx.tinker.keys add NAME --file FILE`.",
+            config.host,
+        )
+
+
+def _file_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 65536
 
 
 def _listen(config: TxConfig) -> socket.socket:

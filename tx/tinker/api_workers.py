@@ -97,9 +97,12 @@ def run(config: TxConfig, listener: socket.socket) -> int:
 
 def worker_command(config: TxConfig) -> list[str]:
     """The command of one API process."""
-    external = ["--external-engine"] if config.external_engine else []
-    workers = ["--api-workers", str(config.api_workers)]
-    return [sys.executable, "-m", "tx.tinker.api", *config.to_argv(), *workers, *external]
+    own = ["--api-workers", str(config.api_workers)]
+    if config.api_keys_file is not None:
+        own += ["--api-keys-file", str(config.api_keys_file)]
+    if config.external_engine:
+        own.append("--external-engine")
+    return [sys.executable, "-m", "tx.tinker.api", *config.to_argv(), *own]
 
 
 class Parent:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tx.tinker.db import AuditEntry, now
+from tx.tinker.db import LOCAL, AuditEntry, now
 
 type Category = Literal["checkpoints", "projects", "teams", "organizations"]
 
-LOCAL = "local"
-"""The one user of a server without accounts."""
-
 
 def entry(
-    category: Category, event: str, *, model_id: str | None = None, tinker_path: str | None = None, **details: Any
+    category: Category,
+    event: str,
+    actor: str | None = None,
+    *,
+    model_id: str | None = None,
+    tinker_path: str | None = None,
+    **details: Any,
 ) -> AuditEntry:
-    """One change, now: ``event`` names it (``checkpoint.publish``), ``details`` is what else a reader would ask."""
+    """One change, now: ``event`` names it (``checkpoint.publish``), ``details`` is what else a reader would ask.
+
+    ``actor`` is the owner who made it; None: the local user, or the server by itself.
+    """
     return AuditEntry(
         at=now(),
         category=category,
         event=event,
-        actor=LOCAL,
+        actor=actor or LOCAL,
         model_id=model_id,
         tinker_path=tinker_path,
         details=details,

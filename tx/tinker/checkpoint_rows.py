@@ -15,7 +15,7 @@ from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
 from tx.errors import InvalidInput, NotFound
-from tx.tinker import audit
+from tx.tinker import audit, owners
 from tx.tinker.db import AuditEntry, Checkpoint, Model, now, reading, writing
 from tx.tinker.wire import paths
 
@@ -47,17 +47,20 @@ class CheckpointRows:
 
     Args:
         clock: UTC seconds since the epoch, to judge expiry by.
+        owner: whose checkpoints these are; None: everybody's.
     """
 
-    def __init__(self, db: Database, clock: Callable[[], float] = now) -> None:
+    def __init__(self, db: Database, clock: Callable[[], float] = now, owner: str | None = None) -> None:
         self._db = db
         self._clock = clock
+        self._owner = owner
 
     def page(
         self, limit: int, offset: int, kinds: Collection[str] = paths.PATH_KINDS
     ) -> tuple[Sequence[Checkpoint], int]:
         """Checkpoints of all models, newest first, and how many there are on all pages."""
-        query = select(Checkpoint).where(living(self._clock()), col(Checkpoint.kind).in_(kinds))
+        own = owners.model_of_owner(Checkpoint.model_id, self._owner)
+        query = select(Checkpoint).where(living(self._clock()), col(Checkpoint.kind).in_(kinds), own)
         with reading(self._db) as db:
             total = db.exec(select(func.count()).select_from(query.subquery())).one()
             ordered = query.order_by(col(Checkpoint.created_at).desc(), col(Checkpoint.id).desc())
@@ -68,8 +71,11 @@ class CheckpointRows:
         query = select(Checkpoint).where(
             Checkpoint.model_id == model_id, living(self._clock()), col(Checkpoint.kind).in_(kinds)
         )
+        own = select(Model.model_id).where(
+            Model.model_id == model_id, owners.session_of_owner(Model.session_id, self._owner)
+        )
         with reading(self._db) as db:
-            if db.get(Model, model_id) is None:
+            if db.exec(own).first() is None:
                 raise NotFound("training_run_id", model_id, "a training run of this server")
             return db.exec(query.order_by(col(Checkpoint.created_at), col(Checkpoint.id))).all()
 
@@ -83,20 +89,20 @@ class CheckpointRows:
             row = self._find(db, model_id, checkpoint_id)
             if row.public != public:
                 row.public = public
-                db.add(_entry("publish" if public else "unpublish", row))
+                db.add(_entry("publish" if public else "unpublish", row, self._owner))
 
     def set_ttl(self, model_id: str, checkpoint_id: str, ttl_s: float | None) -> None:
         """Let a checkpoint expire ``ttl_s`` seconds from now, or never; raises as ``publish``."""
         with writing(self._db) as db:
             row = self._find(db, model_id, checkpoint_id)
             row.expires_at = None if ttl_s is None else self._clock() + ttl_s
-            db.add(_entry("set_ttl", row, ttl_seconds=ttl_s, expires_at=row.expires_at))
+            db.add(_entry("set_ttl", row, self._owner, ttl_seconds=ttl_s, expires_at=row.expires_at))
 
     def delete(self, model_id: str, checkpoint_id: str) -> Checkpoint | None:
         """Delete the row; returns it if its files are to go too: copies keep what they share. Raises as ``publish``."""
         with writing(self._db) as db:
             found = self._find(db, model_id, checkpoint_id, Checkpoint.id, Checkpoint.folder)
-            gone = _delete(db, {found.folder}, lambda row: row.id == found.id, "delete")
+            gone = _delete(db, {found.folder}, lambda row: row.id == found.id, "delete", self._owner)
         return gone[0] if gone else None
 
     def expire(self) -> list[Checkpoint]:
@@ -108,7 +114,7 @@ class CheckpointRows:
         while True:
             with writing(self._db) as db:
                 folders = set(db.exec(query).all())
-                gone += _delete(db, folders, lambda row: has_expired(row, at), "expire")
+                gone += _delete(db, folders, lambda row: has_expired(row, at), "expire", None)
             if len(folders) < _EXPIRE_AT_ONCE:
                 return gone
 
@@ -122,6 +128,7 @@ class CheckpointRows:
             Checkpoint.kind == kind,
             Checkpoint.name == paths.check_name(name, "checkpoint_id"),
             living(self._clock()),
+            owners.model_of_owner(Checkpoint.model_id, self._owner),
         )
         found = db.exec(query).first()
         if found is None:
@@ -130,7 +137,7 @@ class CheckpointRows:
 
 
 def _delete(
-    db: DbSession, folders: Collection[str], condemned: Callable[[Checkpoint], bool], event: str
+    db: DbSession, folders: Collection[str], condemned: Callable[[Checkpoint], bool], event: str, actor: str | None
 ) -> list[Checkpoint]:
     """Delete the condemned rows of these folders; those of them, one per folder, whose folder no other row names."""
     # All rows of a folder are locked, in one order: of two deletions at once, the second sees that it is the last.
@@ -140,13 +147,13 @@ def _delete(
         if condemned(row):
             gone[row.folder] = row
             db.delete(row)
-            db.add(_entry(event, row, size_bytes=row.size_bytes))
+            db.add(_entry(event, row, actor, size_bytes=row.size_bytes))
     db.flush()
     # Asked again: on PostgreSQL the query above does not see a copy that was made while it waited for its locks.
     kept = set(db.exec(select(Checkpoint.folder).where(col(Checkpoint.folder).in_(gone))).all())
     return [row for folder, row in gone.items() if folder not in kept]
 
 
-def _entry(event: str, row: Checkpoint, **details: Any) -> AuditEntry:
+def _entry(event: str, row: Checkpoint, actor: str | None, **details: Any) -> AuditEntry:
     path = f"tinker://{row.model_id}/{row.kind}/{row.name}"
-    return audit.entry("checkpoints", f"checkpoint.{event}", model_id=row.model_id, tinker_path=path, **details)
+    return audit.entry("checkpoints", f"checkpoint.{event}", actor, model_id=row.model_id, tinker_path=path, **details)

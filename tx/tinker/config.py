@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _POSITIVE = {"ge": 1}
 _COUNT = {"ge": 0}
 _PRICE: dict[str, Any] = {"ge": 0, "allow_inf_nan": False}
-_OF_THE_API = ("database_url", "host", "port", "api_workers", "external_engine")
+_OF_THE_API = ("database_url", "host", "port", "api_keys_file", "api_workers", "external_engine")
 """Fields that the engine's command line doesn't have: its database is named in its environment."""
 
 _FALSE = {"0", "false", "no", "off"}
@@ -71,6 +72,9 @@ class TxConfig(BaseModel):
     served_model_name: tuple[str, ...] = _flag((), "more names under which the base model is listed and accepted")
     host: str = _flag("127.0.0.1", "address the API listens on")
     port: int = _flag(8000, "port the API listens on (0: any free one)", ge=0, le=65535)
+    api_keys_file: Path | None = _flag(
+        None, "file of the API keys that are accepted, made by `python -m tx.tinker.keys` (default: any key, or none)"
+    )
     api_workers: int = _flag(1, "API processes that share the port", ge=1, le=64)
     data_dir: Path = _flag(Path("~/.local/share/tx"), "folder for the database, checkpoints and caches")
     database_url: str | None = _flag(None, "sqlite:///FILE or postgresql://… (default: SQLite in the data folder)")
@@ -131,6 +135,14 @@ class TxConfig(BaseModel):
         """Every name that means the base model, the canonical one first."""
         given = (self.base_model,) if self.base_model else ()
         return tuple(dict.fromkeys((self.base_model_name, *given, *self.served_model_name)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the API."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return self.host == "localhost"
 
     @property
     def data_folder(self) -> Path:

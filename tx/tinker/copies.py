@@ -10,15 +10,16 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
+from sqlalchemy import or_
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session as DbSession
-from sqlmodel import select
+from sqlmodel import col, select
 
 from tx.errors import InvalidInput, NotFound
-from tx.tinker import audit
+from tx.tinker import audit, owners
 from tx.tinker.checkpoint_rows import at_path, has_expired
-from tx.tinker.db import Checkpoint, Model, Session, now, writing
+from tx.tinker.db import LOCAL, Checkpoint, Model, Session, now, writing
 from tx.tinker.wire import paths
 from tx.tinker.wire.paths import TinkerPath
 
@@ -35,6 +36,7 @@ class CopyRequest:
     project_id: str | None = None  # of the session that is made, if any
     ttl_s: int | None = None  # None: the copy never expires, whatever its source does
     idempotency_key: str | None = None
+    owner: str | None = None  # who copies: what is his own or published; None: anything
 
 
 def copy_checkpoint(db: Database, request: CopyRequest) -> TinkerPath:
@@ -57,9 +59,10 @@ def copy_checkpoint(db: Database, request: CopyRequest) -> TinkerPath:
 
 def _retried(session: DbSession, request: CopyRequest) -> TinkerPath | None:
     """The copy that this very request has made before."""
-    if request.idempotency_key is None:
+    key = owners.idempotency_key(request.owner, request.idempotency_key)
+    if key is None:
         return None
-    query = select(Checkpoint).where(Checkpoint.idempotency_key == request.idempotency_key)
+    query = select(Checkpoint).where(Checkpoint.idempotency_key == key)
     first = session.exec(query).first()
     if first is None:
         return None
@@ -71,7 +74,9 @@ def _retried(session: DbSession, request: CopyRequest) -> TinkerPath | None:
 
 def _copy(session: DbSession, request: CopyRequest) -> TinkerPath:
     # Locked (PostgreSQL), so that its files can't go between this look and the row that shares them.
-    source = session.exec(at_path(request.source).with_for_update()).first()
+    own = owners.model_of_owner(Checkpoint.model_id, request.owner)
+    seen = at_path(request.source).where(or_(col(Checkpoint.public), own))
+    source = session.exec(seen.with_for_update()).first()
     source_model = session.get(Model, request.source.model_id)
     created = now()
     if source is None or source_model is None or has_expired(source, created):
@@ -91,13 +96,18 @@ def _copy(session: DbSession, request: CopyRequest) -> TinkerPath:
     values = source.model_dump(exclude={"id"})
     values.update(model_id=model_id, created_at=created, public=False, seq_id=None)
     values.update(expires_at=None if request.ttl_s is None else created + request.ttl_s)
-    values.update(idempotency_key=request.idempotency_key)
+    values.update(idempotency_key=owners.idempotency_key(request.owner, request.idempotency_key))
     copy = Checkpoint(**values)
     session.add(copy)
     path = _path(copy)
     session.add(
         audit.entry(
-            "checkpoints", "checkpoint.copy", model_id=model_id, tinker_path=str(path), source=str(request.source)
+            "checkpoints",
+            "checkpoint.copy",
+            request.owner,
+            model_id=model_id,
+            tinker_path=str(path),
+            source=str(request.source),
         )
     )
     return path
@@ -107,7 +117,7 @@ def _session(session: DbSession, request: CopyRequest, created: float) -> str:
     """The session that owns the copy: an open one that the client named, or a new one."""
     if request.session_id is not None:
         given = session.get(Session, request.session_id)
-        if given is None:
+        if given is None or request.owner not in (None, given.owner):
             raise NotFound("session_id", request.session_id, "a session of this server")
         if given.finished_at is not None:
             raise InvalidInput("session_id", request.session_id, "a session that its client has not finished")
@@ -120,6 +130,7 @@ def _session(session: DbSession, request: CopyRequest, created: float) -> str:
         finish_reason="success",
         finish_detail=f"holds a copy of {request.source}",
         project_id=request.project_id,
+        owner=request.owner or LOCAL,
     )
     session.add(made)
     return made.session_id

@@ -30,6 +30,9 @@ _MIGRATION_LOCK = 0x7478_0001
 
 _BUSY_TIMEOUT_S = 30.0
 
+LOCAL = "local"
+"""The one user of a server without API keys."""
+
 MAX_CONNECTIONS = 64
 """Of one process, in its pool."""
 
@@ -52,6 +55,8 @@ class Session(SQLModel, table=True):
     display_name: str | None = None
     project_id: str | None = None
     idempotency_key: str | None = Field(default=None, unique=True)
+    owner: str = Field(default=LOCAL, index=True)
+    """Name of the API key that it was created with (``tx.tinker.owners``)."""
 
 
 class Model(SQLModel, table=True):

@@ -17,7 +17,7 @@ from typing import Any
 from tx.errors import NotFound, Overloaded
 from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
-from tx.tinker.sessions import Sessions
+from tx.tinker.sessions import Beat, Sessions
 
 _MAX_GROUP_JOBS = 512
 _MAX_GROUP_BYTES = 32 * 2**20
@@ -89,16 +89,20 @@ class Heartbeats:
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
-        self._queue: queue.SimpleQueue[tuple[str, asyncio.AbstractEventLoop, asyncio.Future[bool]] | None]
+        self._queue: queue.SimpleQueue[tuple[Beat, asyncio.AbstractEventLoop, asyncio.Future[bool]] | None]
         self._queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
-    async def beat(self, session_id: str) -> bool:
-        """Note that the client lives; False if it has finished its session. Raises NotFound."""
+    async def beat(self, session_id: str, owner: str | None) -> bool:
+        """Note that the client lives; False if it has finished its session.
+
+        Raises:
+            NotFound: there is no such session, or it is another's (``owner`` None: all are the caller's).
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bool] = loop.create_future()
-        self._queue.put((session_id, loop, future))
+        self._queue.put(((session_id, owner), loop, future))
         return await future
 
     def close(self) -> None:
@@ -114,14 +118,14 @@ class Heartbeats:
                 while (entry := self._queue.get_nowait()) is not None:
                     group.append(entry)
                 stop = True
-            answers: dict[str, Any] = {}
+            answers: dict[Beat, Any] = {}
             try:
-                answers.update(self._sessions.heartbeat(*{session_id for session_id, _, _ in group}))
+                answers.update(self._sessions.heartbeats({beat for beat, _, _ in group}))
             except Exception as error:  # all of them learn of it; the thread must live on
-                answers = dict.fromkeys((session_id for session_id, _, _ in group), error)
-            for session_id, loop, future in group:
-                unknown = NotFound("session_id", session_id, "a session of this server")
-                _call(loop, _resolve, future, answers.get(session_id, unknown))
+                answers = dict.fromkeys((beat for beat, _, _ in group), error)
+            for beat, loop, future in group:
+                unknown = NotFound("session_id", beat[0], "a session of this server")
+                _call(loop, _resolve, future, answers.get(beat, unknown))
 
 
 type Awaited = int | tuple[str, int]

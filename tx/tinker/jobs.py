@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 from sqlalchemy import CursorResult, and_, bindparam, case, delete, func, insert, or_, text, update
 from sqlalchemy import select as select_columns
+from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
@@ -60,6 +61,14 @@ _FINISH_LOCK = 0x7478_0002
 
 
 @dataclass(frozen=True)
+class Share:
+    """Of the queue: at most so many unfinished sequences of one owner."""
+
+    owner: str
+    max_sequences: int
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A request to append. ``error``: well-formed but already known to be wrong; it is appended as failed."""
 
@@ -77,6 +86,7 @@ class NewJob:
     num_sequences: int = 0
     rows: tuple[SQLModel, ...] = ()
     error: str | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,21 @@ class JobTable:
 
     Args:
         max_queued_samples: unfinished sequences of one base model past which samples are refused (None: never).
+        owner: whose jobs ``get``, ``answer`` and ``is_over`` find (None: everybody's).
     """
 
     def __init__(
-        self, db: Database, signal: ChangeSignal | None = None, *, max_queued_samples: int | None = None
+        self,
+        db: Database,
+        signal: ChangeSignal | None = None,
+        *,
+        max_queued_samples: int | None = None,
+        owner: str | None = None,
     ) -> None:
         self._db = db
         self._signal = signal
         self._max_queued = max_queued_samples
+        self._owner = owner
 
     def append(self, jobs: Sequence[NewJob]) -> list[Appended | InvalidInput | Overloaded]:
         """Append all of them in one transaction; each one's outcome, in order. A bad one doesn't stop the others."""
@@ -229,12 +246,12 @@ class JobTable:
     def answer(self, request_id: int) -> Any:
         """What a client is told of a job: a row with the columns ``ANSWERED``; None if there is no such job."""
         with self._db.connect() as connection:
-            return connection.execute(_ANSWER, {"id": request_id}).first()
+            return self._one(connection, _ANSWER, request_id).first()
 
     def is_over(self, request_id: int) -> bool:
         """Whether nobody need wait for this one: it is done, failed, or was never there. Cheap as ``finished_ids``."""
         with self._db.connect() as connection:
-            status = connection.execute(_STATUS, {"id": request_id}).scalar()
+            status = self._one(connection, _STATUS, request_id).scalar()
         return status not in _UNFINISHED
 
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
@@ -249,7 +266,14 @@ class JobTable:
     def get(self, request_id: int) -> Job | None:
         """One job, whatever its status."""
         with reading(self._db) as session:
-            return session.get(Job, request_id)
+            return cast("Job | None", self._one(session, _WHOLE, request_id).scalars().first())
+
+    def _one(self, connection: Connection | DbSession, queries: tuple[Any, Any], request_id: int) -> Any:
+        """What the query for everybody finds, or the one for an owner."""
+        of_all, of_owner = queries
+        if self._owner is None:
+            return connection.execute(of_all, {"id": request_id})
+        return connection.execute(of_owner, {"id": request_id, "owner": self._owner})
 
     def completions(self, sampler_id: str, after: int, limit: int = 1000) -> list[Completion]:
         """Which jobs of a sampler finished after that ``finish_seq``, in order; reads no payloads and no results."""
@@ -392,9 +416,17 @@ ANSWERED = (
     "request_id", "kind", "base_model", "status", "result", "result_type", "error", "category", "started_at",
 )  # fmt: skip
 
-_ANSWER = select_columns(*(_JOB[name] for name in ANSWERED)).where(_JOB.request_id == bindparam("id"))
 
-_STATUS = select_columns(_JOB.status).where(_JOB.request_id == bindparam("id"))
+def _one_job(*columns: Any) -> tuple[Any, Any]:
+    """The query for everybody, and the one that finds an owner's alone."""
+    of_all = select_columns(*columns).where(_JOB.request_id == bindparam("id"))
+    of_owner = of_all.join(Session, col(Session.session_id) == _JOB.session_id)
+    return of_all, of_owner.where(col(Session.owner) == bindparam("owner"))
+
+
+_ANSWER = _one_job(*(_JOB[name] for name in ANSWERED))
+_STATUS = _one_job(_JOB.status)
+_WHOLE = _one_job(Job)
 
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
 
@@ -438,9 +470,30 @@ class _Queue:
         self._session = session
         self._limit = limit
         self._counts: dict[str, int] = {}
+        self._shares: dict[str, int] = {}  # by owner
 
     def admit(self, new: NewJob) -> Overloaded | InvalidInput | None:
         """Count a sample in, or say why not."""
+        return self._refusal_of_share(new) or self._refusal_of_queue(new)
+
+    def _refusal_of_share(self, new: NewJob) -> Overloaded | InvalidInput | None:
+        share = new.share
+        if share is None or not new.num_sequences:
+            return None
+        if new.num_sequences > share.max_sequences:
+            return InvalidInput("num_samples", new.num_sequences, f"at most {share.max_sequences} with this API key")
+        if share.owner not in self._shares:
+            self._shares[share.owner] = _sequences_of_owner(self._session, share.owner)
+        queued = self._shares[share.owner]
+        if queued + new.num_sequences > share.max_sequences:
+            return Overloaded(
+                f"{queued} sequences of this API key wait or decode and it may have {share.max_sequences}; "
+                "send the request again in a second."
+            )
+        self._shares[share.owner] += new.num_sequences
+        return None
+
+    def _refusal_of_queue(self, new: NewJob) -> Overloaded | InvalidInput | None:
         if self._limit is None or not new.num_sequences:
             return None
         if new.num_sequences > self._limit:
@@ -460,6 +513,15 @@ class _Queue:
 def _unfinished_sequences(session: DbSession, base_model: str) -> int:
     query = select(func.sum(Job.num_sequences)).where(
         col(Job.status).in_(_UNFINISHED), Job.base_model == base_model, col(Job.num_sequences) > 0
+    )
+    return int(session.exec(query).one() or 0)
+
+
+def _sequences_of_owner(session: DbSession, owner: str) -> int:
+    query = (
+        select(func.sum(Job.num_sequences))
+        .join(Session, col(Session.session_id) == col(Job.session_id))
+        .where(col(Job.status).in_(_UNFINISHED), col(Job.num_sequences) > 0, Session.owner == owner)
     )
     return int(session.exec(query).one() or 0)
 

@@ -8,7 +8,7 @@ added here. Nothing is written twice: schemas are the models', limits the parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import ModuleType
@@ -27,19 +27,21 @@ _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}
 
 _MEANINGS = {
     400: "The request is wrong: `detail` names the field, what it was and what is accepted.",
-    401: "No API key was sent.",
+    401: "No API key was sent, or none that counts here.",
     403: "The signature of the address is wrong or too old.",
     404: "The request names something that does not exist here.",
+    408: "The body did not arrive in time: send it again, faster.",
     410: "It was here and is over.",
     413: "The body is too large, as it came or decompressed.",
     422: "A parameter of the address or a header is wrong.",
-    429: "As much is queued as is accepted: nothing was stored, come again after `Retry-After` seconds.",
+    429: "There is as much queued, or asked with this key, as is accepted: nothing was stored, come again after "
+    "`Retry-After` seconds.",
     500: "An error of the server; its log has more under the id in `detail`.",
     503: "The database is not available at the moment.",
 }
 
-_EVERYWHERE = (400, 413, 500)
-"""Whatever a route does: an address or a body can be unreadable or too large, and a server can have bugs."""
+_EVERYWHERE = (400, 408, 413, 500)
+"""Whatever a route does: an address or a body can be unreadable, late or too large, and a server can have bugs."""
 
 _CHECKED = {"enum", "const", "pattern", "minLength", "maxLength"}
 
@@ -91,10 +93,19 @@ def binary(media_type: str, description: str) -> dict[str, Any]:
     return {"description": description, "content": {media_type: _bytes()}}
 
 
-def publish(app: FastAPI, modules: Sequence[ModuleType], prefix: str, database: Callable[..., Any]) -> None:
+def publish(
+    app: FastAPI,
+    modules: Sequence[ModuleType],
+    prefix: str,
+    database: Callable[..., Any],
+    at_the_gate: Callable[[str], Collection[int]],
+) -> None:
     """Have ``app`` serve the document of the routers in ``modules``, each of which is a tag.
 
-    ``database`` is the dependency of the routes that need the database, and so may answer that it is away.
+    Args:
+        database: the dependency of the routes that need the database, and so may answer that it is away.
+        at_the_gate: by path, how a request may be refused before its route sees it; a path that is never refused with
+            401 needs no API key.
     """
     routes = {
         (prefix + route.path_format, method.lower()): route
@@ -115,7 +126,7 @@ def publish(app: FastAPI, modules: Sequence[ModuleType], prefix: str, database: 
                 webhooks=[_takes(name, body.model) for name, body in bodies.items()],
                 tags=[{"name": tag_of(module), "description": _first_line(module)} for module in modules],
             )
-            _complete(made, routes, bodies, database)
+            _complete(made, routes, bodies, database, at_the_gate)
             app.openapi_schema = made
         return app.openapi_schema
 
@@ -141,6 +152,7 @@ def _complete(
     routes: Mapping[tuple[str, str], APIRoute],
     bodies: Mapping[str, _Body],
     database: Callable[..., Any],
+    at_the_gate: Callable[[str], Collection[int]],
 ) -> None:
     described = document.pop("webhooks")
     for (path, method), route in routes.items():
@@ -148,14 +160,19 @@ def _complete(
         if route.name in bodies:
             json_body = described[route.name]["post"]["requestBody"]
             operation["requestBody"] = _request_body(bodies[route.name], json_body["content"][JSON])
-        _complete_errors(operation, database in _calls(route.dependant))
+        refusals = at_the_gate(path)
+        if 401 not in refusals:
+            operation["security"] = []
+        needs_database = database in _calls(route.dependant)
+        _complete_errors(operation, {*_EVERYWHERE, *refusals} | ({503} if needs_database else set()))
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which we don't answer
         document["components"]["schemas"].pop(name, None)
     key = {
         "type": "apiKey",
         "in": "header",
         "name": "X-API-Key",
-        "description": "Sent by every client and not checked: the server trusts whoever reaches it.",
+        "description": "Of an owner, to whom what belongs to others does not exist; or a token that stands for it. A "
+        "server without a key file asks for none, and everything belongs to everybody.",
     }
     document["components"]["securitySchemes"] = {_API_KEY: key}
     document["security"] = [{}, {_API_KEY: []}]
@@ -173,13 +190,12 @@ def _request_body(body: _Body, json_content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _complete_errors(operation: dict[str, Any], needs_database: bool) -> None:
+def _complete_errors(operation: dict[str, Any], common: Collection[int]) -> None:
     answers = operation["responses"]
     if not any(_may_be_refused(parameter) for parameter in operation.get("parameters", ())):
         answers.pop("422", None)
     own = {"422"} & answers.keys()
-    added = {*_EVERYWHERE, *map(int, own)} | ({503} if needs_database else set())
-    for status in added:
+    for status in {*common, *map(int, own)}:
         if str(status) not in answers or status == 422:
             answers[str(status)] = _problem(status) | {"content": {JSON: _PROBLEM}}
     operation["responses"] = dict(sorted(answers.items()))
@@ -208,6 +224,9 @@ def _problem(status: int) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": f"{HTTPStatus(status).phrase}. {_MEANINGS[status]}"}
     if status == 429:
         answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    if status == 401:
+        renewable = '`Bearer error="invalid_token"` for a token that has expired.'
+        answer["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}, "description": renewable}}
     return answer
 
 

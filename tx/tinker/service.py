@@ -1,13 +1,14 @@
 """What every router needs, in one object: the flags, the database's verbs, the two job threads, the engine's state.
 
-Routers get it through ``Api``; tests build one around a database of their own. It knows HTTP only as far as FastAPI's
-dependencies go.
+Routers get it through ``Api``, bound to the caller: its verbs find only what is his. Tests build one around a database
+of their own. It knows HTTP only as far as FastAPI's dependencies go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import logging
 import threading
@@ -22,6 +23,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.errors import StorageError
+from tx.tinker.auth import ANYBODY, Auth, Caller
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
@@ -73,6 +75,8 @@ class EngineProcess(Protocol):
 class Service:
     """One API process.
 
+    ``caller``: whom its verbs work for; until ``bound_to`` somebody, that is the server itself, to whom all belongs.
+
     Args:
         clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
         hold_s: how long a poll is held while there is nothing to answer.
@@ -92,6 +96,8 @@ class Service:
         self.engine_process = engine_process
         self._signals = [ChangeSignal(config.resolved_database_url, hears) for hears in ((), ("finished",))]
         self.clock = clock
+        self.caller = ANYBODY
+        self.auth = Auth(config.api_keys_file, db)
         self.hold_s = hold_s
         self._up_since = clock()
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
@@ -124,6 +130,21 @@ class Service:
         for signal in self._signals:
             signal.close()
         self.db.dispose()
+
+    def bound_to(self, caller: Caller) -> Service:
+        """This service for one caller: to him, what belongs to others does not exist (``tx.tinker.owners``).
+
+        Every router gets its service from here, so that a route can only forget to ask for more.
+        """
+        owner = caller.owner
+        if owner is None:
+            return self
+        bound = copy.copy(self)  # it shares everything but what follows
+        bound.caller = caller
+        bound.jobs = JobTable(self.db, self._signals[0], max_queued_samples=self.config.max_queued_samples, owner=owner)
+        bound.sessions = Sessions(self.db, self.clock, owner)
+        bound.checkpoints = CheckpointRows(self.db, self.clock, owner)
+        return bound
 
     def engines(self) -> list[Engine]:
         """Every engine that this database has seen, and lives or is this API's own."""
@@ -240,10 +261,10 @@ class Service:
 
 
 async def service_of(request: Request) -> Service:
-    """Dependency: the service that the application serves."""
+    """Dependency: the service that the application serves, bound to the caller whom the gate has found."""
     # Not a plain function: FastAPI would send each request through the thread pool for it.
     service: Service = request.app.state.service
-    return service
+    return service.bound_to(request.state.caller)
 
 
 Api = Annotated[Service, Depends(service_of)]
@@ -251,7 +272,7 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries in the rep
 Offset = Annotated[int, Query(ge=0, le=2**31, description="Entries to skip.")]
 AccessScope = Annotated[
     Literal["owned", "accessible"],
-    Query(description="What the caller owns, or may see: the same here, since one user owns all."),
+    Query(description="What the caller owns, or may see: that is the runs with a published checkpoint, too."),
 ]
 SessionId = Annotated[str, Path(description="As `create_session` gave it.")]
 ModelId = Annotated[str, Path(description="`<session_id>:train:<model_seq_id>`; a model is a training run.")]
@@ -259,6 +280,8 @@ SamplerId = Annotated[str, Path(description="`<session_id>:sample:<sampling_sess
 CheckpointId = Annotated[str, Path(description="`<weights|sampler_weights|external_weights>/<name>`, slash and all.")]
 CheckpointKind = Annotated[str, Path(description="`weights`, `sampler_weights` or `external_weights`.")]
 CheckpointName = Annotated[str, Path(description="What the checkpoint was saved as.")]
+Expires = Annotated[str, Query(description="Of the signed URL: seconds since the epoch.")]
+Signature = Annotated[str, Query(description="Of the signed URL.")]
 IdempotencyKey = Annotated[
     str | None, Header(max_length=300, description="The same for each retry of a request: it is carried out once.")
 ]

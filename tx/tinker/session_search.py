@@ -22,7 +22,6 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session as DbSession
 from sqlmodel import col, select
 
-from tx.tinker import audit
 from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import Checkpoint, Job, Model, Session, reading
 from tx.tinker.wire import requests, responses
@@ -45,7 +44,13 @@ _LAST_ANSWERED = (
 
 
 def search(
-    database: Database, request: requests.SearchSessions, *, at: float, active_since: float, silent_before: float
+    database: Database,
+    request: requests.SearchSessions,
+    *,
+    at: float,
+    active_since: float,
+    silent_before: float,
+    owner: str | None = None,
 ) -> responses.FoundSessions:
     """One page of the sessions that match, newest first.
 
@@ -53,11 +58,13 @@ def search(
         at: now, in UTC seconds; checkpoints that have expired by then don't count.
         active_since: an open session with a heartbeat since then is active.
         silent_before: an open session without a heartbeat since then has fallen silent; at most ``active_since``.
+        owner: who searches, and finds but his own; None: all are his.
     """
-    if isinstance(request.owner, requests.SessionsOfUsers) and audit.LOCAL not in request.owner.owner_urns:
-        return responses.FoundSessions(sessions=[])
     with reading(database) as db:
-        ids = _matching(db, request, _conditions(db, request, active_since, silent_before))
+        conditions = _conditions(db, request, active_since, silent_before)
+        if owner is not None:
+            conditions.append(col(Session.owner) == owner)
+        ids = _matching(db, request, conditions)
         more = len(ids) > request.limit
         found = _summaries(db, ids[: request.limit], at, active_since, silent_before)
     if not more:
@@ -69,7 +76,9 @@ def search(
 def _conditions(
     db: DbSession, request: requests.SearchSessions, active_since: float, silent_before: float
 ) -> list[ColumnElement[bool]]:
-    conditions = []
+    conditions: list[ColumnElement[bool]] = []
+    if isinstance(request.owner, requests.SessionsOfUsers):
+        conditions.append(col(Session.owner).in_(request.owner.owner_urns))
     if request.session_id is not None and request.display_name is None:
         conditions.append(col(Session.session_id) == request.session_id)
     if request.project_ids is not None:
@@ -145,7 +154,7 @@ def _summaries(
         responses.SessionSummary(
             session_id=session_id,
             created_at=responses.timestamp(rows[session_id].created_at),
-            owner=audit.LOCAL,
+            owner=rows[session_id].owner,
             project_id=rows[session_id].project_id or "",
             status=_status(rows[session_id], failures.get(session_id), active_since, silent_before),
             checkpoints_count=counts[session_id],

@@ -17,7 +17,8 @@ from sqlalchemy import delete, func, insert, text
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
-from tx.tinker.db import TelemetryEvent, now, reading, writing
+from tx.tinker import owners
+from tx.tinker.db import Session, TelemetryEvent, now, reading, writing
 
 MAX_OF_BATCH = 100
 """What the SDK sends at once (protocol §2.1); of a longer batch the rest is dropped."""
@@ -77,9 +78,12 @@ def kind_of(event: dict[str, Any]) -> str:
     return event["event"] if event.get("event") in EVENTS else "other"
 
 
-def keep(db: Database, batch: Batch) -> None:
-    """Store a batch; what is too many then, of its session and of all, goes, the oldest first."""
-    if not batch.events:
+def keep(db: Database, batch: Batch, owner: str | None = None) -> None:
+    """Store a batch; what is too many then, of its session and of all, goes, the oldest first.
+
+    Of an ``owner`` only what is said of one of his own sessions: nobody else could read it.
+    """
+    if not batch.events or not _is_own(db, batch.session_id, owner):
         return
     received_at = now()
     rows = [
@@ -99,13 +103,22 @@ def keep(db: Database, batch: Batch) -> None:
                 session.exec(delete(TelemetryEvent).where(col(TelemetryEvent.id).in_(oldest)))
 
 
-def newest(db: Database, session_id: str | None, limit: int) -> list[TelemetryEvent]:
-    """What a session, or everybody, reported last; newest first."""
-    query = select(TelemetryEvent).order_by(col(TelemetryEvent.id).desc()).limit(limit)
+def newest(db: Database, session_id: str | None, limit: int, owner: str | None = None) -> list[TelemetryEvent]:
+    """What a session, or all of the owner's, or everybody, reported last; newest first."""
+    own = owners.session_of_owner(TelemetryEvent.session_id, owner)
+    query = select(TelemetryEvent).where(own).order_by(col(TelemetryEvent.id).desc()).limit(limit)
     if session_id is not None:
         query = query.where(TelemetryEvent.session_id == session_id)
     with reading(db) as session:
         return list(session.exec(query).all())
+
+
+def _is_own(db: Database, session_id: str, owner: str | None) -> bool:
+    if owner is None:
+        return True
+    with reading(db) as session:
+        row = session.get(Session, session_id)
+    return row is not None and row.owner == owner
 
 
 def _text(value: Any, limit: int) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlalchemy.sql.elements import ColumnElement
 from sqlmodel import col
 
+from tx.tinker import owners
 from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, reading
 from tx.tinker.wire import admin
@@ -40,13 +41,16 @@ class Prices:
     storage: float = 0.0
 
 
-def events(db: Database, start_s: int, end_s: int, prices: Prices, now_s: float) -> list[admin.UsageEvent]:
-    """Usage between two full hours (UTC seconds), by hour, then the most tokens first.
+def events(
+    db: Database, start_s: int, end_s: int, prices: Prices, now_s: float, owner: str | None = None
+) -> list[admin.UsageEvent]:
+    """Usage between two full hours (UTC seconds), the owner's or everybody's, by hour, then the most tokens first.
 
     Prompt tokens that were in the cache cost nothing: nothing was computed for them.
     """
-    found = [*_token_events(db, start_s, end_s, prices), *_storage_events(db, start_s, end_s, prices, now_s)]
-    return sorted(found, key=_rank)
+    tokens = _token_events(db, start_s, end_s, prices, owner)
+    storage = _storage_events(db, start_s, end_s, prices, now_s, owner)
+    return sorted([*tokens, *storage], key=_rank)
 
 
 def user_metadata(db: Database, session_ids: Iterable[str]) -> dict[str, admin.UsageSession]:
@@ -62,7 +66,7 @@ def user_metadata(db: Database, session_ids: Iterable[str]) -> dict[str, admin.U
 
 
 def current_storage(
-    db: Database, prices: Prices, now_s: float, project_id: str | None = None
+    db: Database, prices: Prices, now_s: float, project_id: str | None = None, owner: str | None = None
 ) -> list[admin.StorageItem]:
     """What lies in storage now, by project; bytes that copies share count once, where they were first."""
     lives = living(now_s)
@@ -76,7 +80,7 @@ def current_storage(
         .select_from(Checkpoint)
         .outerjoin(Model, col(Model.model_id) == col(Checkpoint.model_id))
         .outerjoin(Session, col(Session.session_id) == col(Model.session_id))
-        .where(lives)
+        .where(lives, owners.model_of_owner(Checkpoint.model_id, owner))
         .group_by(col(Session.project_id))
         .order_by(func.count().desc())
     )
@@ -96,9 +100,11 @@ def current_storage(
     ]
 
 
-def _token_events(db: Database, start_s: int, end_s: int, prices: Prices) -> Iterator[admin.UsageEvent]:
+def _token_events(
+    db: Database, start_s: int, end_s: int, prices: Prices, owner: str | None
+) -> Iterator[admin.UsageEvent]:
     with reading(db) as session:
-        query = _tokens_by_hour(start_s, end_s, session.get_bind().dialect.name)
+        query = _tokens_by_hour(start_s, end_s, session.get_bind().dialect.name, owner)
         rows = session.connection().execute(query).all()
     for row in rows:
         bucket: dict[str, Any] = _bucket(start_s, int(row.hour))
@@ -120,7 +126,7 @@ def _token_events(db: Database, start_s: int, end_s: int, prices: Prices) -> Ite
             yield admin.UsageEvent(**bucket, event_info=admin.CheckpointUsage(count=int(row.checkpoints)))
 
 
-def _tokens_by_hour(start_s: int, end_s: int, dialect: str) -> Any:
+def _tokens_by_hour(start_s: int, end_s: int, dialect: str, owner: str | None) -> Any:
     """Columns hour (from 0), base_model (as its client calls it), session_id, project_id and the counts."""
     kind, hours = col(Job.kind), (col(Job.finished_at) - start_s) / HOUR_S
     # A snapshot without a name is no checkpoint: nothing was saved.
@@ -145,6 +151,7 @@ def _tokens_by_hour(start_s: int, end_s: int, dialect: str) -> Any:
             kind.in_((*_TRAINING_KINDS, *_SAVING_KINDS, "sample")),
             col(Job.finished_at) >= start_s,
             col(Job.finished_at) < end_s,
+            owners.session_of_owner(Job.session_id, owner),
         )
         .subquery()
         .c
@@ -168,9 +175,11 @@ def _tokens_by_hour(start_s: int, end_s: int, dialect: str) -> Any:
     return select(*by, *(func.sum(count).label(count.name) for count in counts)).group_by(*by)
 
 
-def _storage_events(db: Database, start_s: int, end_s: int, prices: Prices, now_s: float) -> Iterator[admin.UsageEvent]:
+def _storage_events(
+    db: Database, start_s: int, end_s: int, prices: Prices, now_s: float, owner: str | None
+) -> Iterator[admin.UsageEvent]:
     with reading(db) as session:
-        rows = session.connection().execute(_storage_by_hour(start_s, end_s, now_s)).all()
+        rows = session.connection().execute(_storage_by_hour(start_s, end_s, now_s, owner)).all()
     for row in rows:
         gigabyte_hours = float(row.byte_seconds) / BYTES_PER_GB / HOUR_S
         yield admin.UsageEvent(
@@ -183,7 +192,7 @@ def _storage_events(db: Database, start_s: int, end_s: int, prices: Prices, now_
         )
 
 
-def _storage_by_hour(start_s: int, end_s: int, now_s: float) -> Any:
+def _storage_by_hour(start_s: int, end_s: int, now_s: float, owner: str | None) -> Any:
     """Columns hour (from 0), base_model, project_id, byte_seconds."""
     hour = select(literal(0, Integer).label("hour")).cte("hours", recursive=True)
     hour = hour.union_all(select(hour.c.hour + 1).where(start_s + (hour.c.hour + 1) * HOUR_S < end_s))
@@ -213,6 +222,7 @@ def _storage_by_hour(start_s: int, end_s: int, now_s: float) -> Any:
         .join(Checkpoint, col(Checkpoint.id) == folder.first)
         .outerjoin(Model, col(Model.model_id) == col(Checkpoint.model_id))
         .outerjoin(Session, col(Session.session_id) == col(Model.session_id))
+        .where(owners.model_of_owner(Checkpoint.model_id, owner))
         .group_by(hour.c.hour, col(Model.served_name), col(Session.project_id))
     )
 

@@ -209,18 +209,26 @@ def test_a_trace_is_downloaded_from_where_the_client_found_the_server(client, ru
     client.new_model(session)
     client.result(client.sample(client.new_sampler(session)))
     export = client.get(f"sessions/{session}/trace_export", headers={"host": "tx.example:8123"}).json()
-    assert export == {"status": "ready", "url": f"http://tx.example:8123/api/v1/sessions/{session}/trace"}
-    trace = client.get(f"sessions/{session}/trace")
+    assert export["status"] == "ready"
+    assert export["url"].startswith(f"http://tx.example:8123/api/v1/files/{session}/trace?expires=")
+    trace = client.get(export["url"])
     assert trace.headers["content-type"] == "application/json"
     begun = [event["name"] for event in json.loads(trace.text)["traceEvents"] if event["ph"] == "b"]
     assert begun == ["create_model", "queued", "running", "sample", "queued", "running"]
 
 
-@pytest.mark.parametrize("path", ["trace_export", "trace"])
-def test_an_unknown_session_has_no_trace(client, path):
-    reply = client.get(f"sessions/nobody/{path}")
+def test_an_unknown_session_has_no_trace(client):
+    reply = client.get("sessions/nobody/trace_export")
     assert reply.status_code == 404
     assert reply.json()["detail"].startswith("session_id")
+
+
+def test_a_trace_is_only_for_who_has_its_signed_address(client):
+    session = client.new_session()
+    url = client.get(f"sessions/{session}/trace_export").json()["url"]
+    assert client.get(url).status_code == 200
+    assert client.get(url.partition("?")[0]).status_code == 403
+    assert client.get(url.replace(session, client.new_session())).status_code == 403
 
 
 def test_usage_of_a_session_that_is_not_known_is_counted_all_the_same(client):

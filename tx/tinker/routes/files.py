@@ -12,14 +12,14 @@ from email.utils import formatdate
 from typing import Annotated
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from tx.errors import NotFound
 from tx.tinker import archives
 from tx.tinker.db import Checkpoint, now
 from tx.tinker.openapi import binary, refuses
-from tx.tinker.service import Api, CheckpointKind, CheckpointName, ModelId, Service
+from tx.tinker.service import Api, CheckpointKind, CheckpointName, Expires, ModelId, Service, Signature
 from tx.tinker.wire import paths, responses
 from tx.tinker.wire.paths import TinkerPath
 
@@ -27,9 +27,6 @@ router = APIRouter()
 
 URL_LIFE_S = 3600
 """Clients sign again when less than five minutes are left."""
-
-Expires = Annotated[str, Query(description="Of the signed URL: seconds since the epoch.")]
-Signature = Annotated[str, Query(description="Of the signed URL.")]
 
 _MEDIA_TYPE = "application/octet-stream"
 _REDIRECT = {

@@ -33,7 +33,10 @@ _SEQS_PER_CLONE = 10**9
             "The result, or why there is none. A `ForwardBackwardOutput` or `SampleResponse` of tinker.proto where "
             "`Accept` names protobuf, JSON otherwise.",
         ),
-        408: {"description": "Not finished yet: ask again at once.", "model": responses.TryAgain},
+        408: {
+            "description": "Not finished yet: ask again at once. A Problem if the body did not arrive in time.",
+            "model": responses.TryAgain | responses.Problem,
+        },
         **refuses(404, 410),
     },
 )

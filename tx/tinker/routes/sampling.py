@@ -84,6 +84,7 @@ async def asample(api: Api, request: Annotated[requests.Sample, body(requests.Sa
         fingerprint=retry_key,
         tokens_in=request.prompt.num_tokens,
         num_sequences=request.num_samples,
+        share=api.caller.share,
     )
     request_id = await api.appender.append(job)
     return responses.Future(

@@ -12,8 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tx.tinker import telemetry
-from tx.tinker.audit import LOCAL
-from tx.tinker.auth import new_token
+from tx.tinker.db import LOCAL
 from tx.tinker.openapi import describes_body, refuses
 from tx.tinker.service import Api, Service, body
 from tx.tinker.wire import admin, compat, requests, responses, results
@@ -42,18 +41,18 @@ def health(api: Api, response: Response) -> responses.Health:
 
 @router.post("/client/config", response_model_exclude_none=True)
 def client_config(
-    http: Request, request: Annotated[requests.ClientVersion, body(requests.ClientVersion)]
+    api: Api, http: Request, request: Annotated[requests.ClientVersion, body(requests.ClientVersion)]
 ) -> admin.ClientConfig:
     """Flags for the SDK. All are said, most of them at the SDK's own defaults.
 
     ``sample_use_retrieve_futures`` stays off although retrieve_futures is served: with it a short sample takes half as
-    long again (one more round trip), and the client never asks why it waits. Keys are not exchanged for tokens: there
-    are no accounts that a token could be of. Custom losses are the client's to compute.
+    long again (one more round trip), and the client never asks why it waits. Keys are exchanged for tokens where there
+    are keys, by the SDKs of which that is tested. Custom losses are the client's to compute.
     """
     log.debug("Client with SDK %s", request.sdk_version)
     version = compat.client_version(http.headers) or compat.parse_version(request.sdk_version)
     return admin.ClientConfig(
-        pjwt_auth_enabled=False,
+        pjwt_auth_enabled=api.auth.keys is not None and compat.exchanges_keys(version),
         credential_default_source="api_key",
         parallel_fwdbwd_chunks=compat.sends_first_chunk_last(version),
         proto_compress_fwdbwd=False,
@@ -108,22 +107,23 @@ async def report_telemetry(api: Api, http: Request) -> admin.TelemetryAccepted:
 
 @router.post("/auth/token")
 def auth_token(api: Api) -> admin.AuthToken:
-    """A token of the local user, for who asks; it opens no more than any other key, since no key is checked."""
-    return admin.AuthToken(jwt=new_token(api.db))
+    """Stands for the caller's key for an hour; without a key file it is the local user's, and opens nothing."""
+    return admin.AuthToken(jwt=api.auth.new_token(api.caller))
 
 
 @router.get("/auth/apikey/me", responses=refuses(401))
-def get_own_key(x_api_key: Annotated[str | None, Header()] = None) -> admin.ApiKey:
-    """What the CLI's login stores beside the key: that it is the local user's, as any key is."""
-    if not x_api_key:
+def get_own_key(api: Api, x_api_key: Annotated[str | None, Header()] = None) -> admin.ApiKey:
+    """What the CLI's login stores beside the key: whose it is; without a key file, the local user's, as any key is."""
+    if not x_api_key and api.auth.keys is None:
         raise HTTPException(401, "X-API-Key: got nothing, accepted: any key")
-    local = admin.KeyDetails(org_details=admin.Named(name=LOCAL), user_details=admin.Mailbox(email=LOCAL))
-    return admin.ApiKey(key_id=1, name=LOCAL, note="This server has no accounts and accepts any key.", details=local)
+    name, any_key = api.caller.name, "This server has no accounts and accepts any key."
+    whose = admin.KeyDetails(org_details=admin.Named(name=LOCAL), user_details=admin.Mailbox(email=name))
+    return admin.ApiKey(key_id=1, name=name, note=any_key if api.auth.keys is None else "", details=whose)
 
 
 @router.delete("/auth/apikey/me")
 def delete_own_key() -> responses.Empty:
-    """The CLI's logout: nothing is stored of a key, so that nothing is left to delete."""
+    """The CLI's logout forgets the key on its side; here only ``tx.tinker.keys`` revokes one."""
     return responses.Empty()
 
 
@@ -149,6 +149,6 @@ def _keep(api: Service, batch: telemetry.Batch) -> None:
     if batch.num_dropped:
         api.metrics.count("tx_telemetry_events_dropped_total", batch.num_dropped)
     try:
-        telemetry.keep(api.db, batch)
+        telemetry.keep(api.db, batch, api.caller.owner)
     except (DBAPIError, PoolTimeout) as error:  # the client has other worries
         log.warning("%d telemetry events could not be stored: %s", len(batch.events), error)

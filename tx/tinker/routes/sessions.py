@@ -43,7 +43,7 @@ async def session_heartbeat(
     api: Api, request: Annotated[requests.SessionHeartbeat, body(requests.SessionHeartbeat)]
 ) -> responses.Heartbeat:
     """410 ends the client's loop, for a session that it has finished itself."""
-    if not await api.heartbeats.beat(request.session_id):
+    if not await api.heartbeats.beat(request.session_id, api.caller.owner):
         raise HTTPException(410, f"session_id: {request.session_id} is finished.")
     return responses.Heartbeat()
 
@@ -86,7 +86,12 @@ def search_sessions(
     """Newest first, with what became of each; ``tx.tinker.session_search`` says how that is told."""
     at = api.clock()
     return session_search.search(
-        api.db, request, at=at, active_since=at - EXPIRED_AFTER_S, silent_before=api.silent_before()
+        api.db,
+        request,
+        at=at,
+        active_since=at - EXPIRED_AFTER_S,
+        silent_before=api.silent_before(),
+        owner=api.caller.owner,
     )
 
 

@@ -66,7 +66,7 @@ def copy_weights(
 ) -> responses.CopiedWeights:
     """Another path for a checkpoint, in a session or project of choice, without copying a byte.
 
-    Without accounts every checkpoint may be read, so a weights access token is accepted and not looked at.
+    Of another's, one that is published. A weights access token is accepted and not looked at: it opens nothing.
     """
     path = copies.copy_checkpoint(
         api.db,
@@ -77,6 +77,7 @@ def copy_weights(
             project_id=request.destination_project_id,
             ttl_s=request.ttl_seconds,
             idempotency_key=x_idempotency_key,
+            owner=api.caller.owner,
         ),
     )
     return responses.CopiedWeights(tinker_path=str(path))
@@ -91,8 +92,7 @@ async def load_weights(
     if request.creates_model:
         job = await run_in_threadpool(_create_via_load, api, request)
     else:
-        model = await run_in_threadpool(api.sessions.model_for_work, request.model_id or "")
-        job = _job("load_weights", model, request, request.seq_id, error=_path_error(request.path))
+        job = await run_in_threadpool(_load, api, request)
     return await _append(api, job)
 
 
@@ -131,12 +131,17 @@ def _job(kind: str, model: Model, request: Any, seq_id: int | None, **extra: Any
     )
 
 
-def _path_error(path: str) -> str | None:
+def _load(api: Service, request: requests.LoadWeights) -> NewJob:
+    """Into a model that exists; a path that can't be one fails the job, another's checkpoint is not found."""
+    model = api.sessions.model_for_work(request.model_id or "")
+    error = None
     try:
-        paths.parse_path(path)
-    except InvalidInput as error:
-        return str(error)
-    return None
+        path = paths.parse_path(request.path)
+    except InvalidInput as broken:
+        error = str(broken)
+    else:
+        api.sessions.may_load(path)
+    return _job("load_weights", model, request, request.seq_id, error=error)
 
 
 def _create_via_load(api: Service, request: requests.LoadWeights) -> NewJob:

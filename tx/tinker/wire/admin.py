@@ -118,7 +118,7 @@ class TraceExport(BaseModel):
 
 
 class Trace(BaseModel):
-    """sessions/{id}/trace: Chrome's trace format (``tx.tinker.traces`` writes it)."""
+    """files/{session_id}/trace: Chrome's trace format (``tx.tinker.traces`` writes it)."""
 
     traceEvents: list[dict[str, Any]]
     displayTimeUnit: Literal["ms"]

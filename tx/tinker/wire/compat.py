@@ -45,6 +45,11 @@ def reads_external(headers: Mapping[str, str]) -> bool:
     return version is None or version >= (0, 28, 0)
 
 
+def exchanges_keys(version: tuple[int, int, int] | None) -> bool:
+    """Whether a client may be told to exchange its API key for a token: older SDKs send the key itself, as well."""
+    return version is not None and version >= (0, 38, 0)
+
+
 def client_flags(version: tuple[int, int, int] | None) -> dict[str, bool]:
     """Flags of client/config that only some versions know: each has the client do what later ones always do.
 
