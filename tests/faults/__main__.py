@@ -34,7 +34,8 @@ def main() -> None:
         data = folder / "data"
         data.mkdir()
         report = run(model, data, kills=args.kills, seed=args.seed, database_url=url, progress=show)
-    print(f"\n{report.jobs} jobs, each done once; {report.seconds:.0f} s; {report.unfired} armed faults never came up")
+    print(f"\n{report.jobs} jobs, each done once; {report.seconds:.0f} s; {report.unfired} armed faults never came up; "
+          f"{report.torn} files lost what was not synced")  # fmt: skip
     for kind, count in sorted(report.fired.items()):
         print(f"  {count:5d}  {kind}")
 

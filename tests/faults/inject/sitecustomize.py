@@ -1,7 +1,8 @@
 """Loaded by every Python process of a server under test, whose PYTHONPATH names this folder: kills at named instants.
 
 ``$TX_FAULTS`` is a folder. While its file ``armed`` says ``<point> <skip> <serial>``, a process that has come by that
-point ``skip`` times notes the next time in ``fired`` and dies as by kill -9. The product knows nothing of this.
+point ``skip`` times notes the next time in ``fired`` and dies as by kill -9. What has been synced is noted in
+``synced``, so that a power cut can take the rest. The product knows nothing of this.
 """
 
 import importlib
@@ -9,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import signal
+import stat
 import sys
 from collections import Counter
 
@@ -81,6 +83,20 @@ def wrap(module, attribute: str, name: str) -> None:
     setattr(owner, method, wrapped)
 
 
+def note_syncs() -> None:
+    """Write ``<inode> <time of its last change> <size>`` of each file that is synced."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        real(descriptor)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode):
+            with open(os.path.join(FOLDER, "synced"), "a") as file:
+                file.write(f"{found.st_ino} {found.st_mtime_ns} {found.st_size}\n")
+
+    os.fsync = fsync
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Changes the modules named above when they are imported."""
 
@@ -107,4 +123,5 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 if FOLDER:
+    note_syncs()
     sys.meta_path.insert(0, Finder())
