@@ -6,6 +6,7 @@ It has to be installed before anything imports those packages, so nothing that c
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -25,7 +26,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("TX_TEST_GPU"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 os.environ.setdefault("TINKER_API_KEY", "tml-test")
+MANY_MAPS = 16_000
+
 install_import_hook(["tx.layers", "tx.models", "tx.worker"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps() -> Iterator[None]:
+    """Forget compiled programs before they are too many: each has memory maps, of which Linux allows 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax  # late: see above
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ ENGINE_POINTS = tuple(
 API_POINTS = ("append:before", "append:after", "answer:before", "answer:after")
 
 STEPS = 6
-_ARMED_S = 4.0
+_ARMED_S = 2.0
 """How long to wait for a process to come by an armed point."""
 
 TOLERANCE = 1e-6
@@ -139,9 +139,10 @@ class Faults:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         synced = set(map(tuple, map(str.split, (self._folder / "synced").read_text().splitlines())))
-        data = self._folder.parent
-        for file in data.rglob("*"):
+        for file in self._server.folder.rglob("*"):
             if not file.is_file() or file.name.startswith("tx.db") or file.is_relative_to(self._folder):
+                continue
+            if file == self._server.log:  # ours to read afterwards
                 continue
             found = file.stat()
             if found.st_size and (str(found.st_ino), str(found.st_mtime_ns), str(found.st_size)) not in synced:
