@@ -16,7 +16,7 @@ from tx.tinker.checkpoints import BrokenCheckpoint, CheckpointCard, CheckpointFo
 from tx.tinker.wire.paths import TinkerPath, parse_path
 from tx.types import LoraConfig
 from tx.utils import storage
-from tx.utils.storage import ObjectStorage
+from tx.utils.object_storage import ObjectStorage
 
 PATH = parse_path("tinker://s:train:0/weights/ck1")
 CARD = CheckpointCard("tiny/qwen3", LoraConfig(rank=4, seed=7, train_mlp=False), step=3, created_at=12.5)

@@ -16,7 +16,7 @@ from tests.tinker.engine_bench import Bench, Client, body_of, new_worker
 from tx.tinker.db import Checkpoint, reading
 from tx.tinker.engine import MAX_WRITES
 from tx.tinker.wire.paths import parse_path
-from tx.utils.storage import ObjectStorage
+from tx.utils.object_storage import ObjectStorage
 from tx.worker.worker import Worker
 
 PROMPT = [5, 17, 900, 3]
