@@ -45,6 +45,11 @@ def test_a_body_past_the_limit_is_413_and_the_server_goes_on(client, monkeypatch
     assert client.post("create_session", json={}).status_code == 200
 
 
+def test_a_slash_too_many_is_404_and_no_redirect(client):
+    reply = client.get("/api/v1/sessions/", headers={"Host": "elsewhere"}, follow_redirects=False)
+    assert reply.status_code == 404, reply.headers
+
+
 def test_an_unforeseen_error_is_one_500_and_the_server_goes_on(client, monkeypatch, caplog):
     monkeypatch.setattr(client.service.sessions, "recent", lambda *_: 1 / 0)
     with TestClient(create_app(client.service), base_url="http://test/api/v1/") as other:

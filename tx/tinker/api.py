@@ -132,7 +132,11 @@ def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
             chore.cancel()
 
     app = FastAPI(
-        title="tx", version=__version__, lifespan=lifespan, generate_unique_id_function=lambda route: route.name
+        title="tx",
+        version=__version__,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,  # to an address made of the client's own Host header
     )
     app.state.service = service_
     for module in ROUTERS:
