@@ -132,7 +132,7 @@ def test_points_of_finished_and_of_long_silent_sessions_go(bench):
             db.add(
                 Session(session_id=client.session_id, created_at=now(), heartbeat_at=heartbeat, finished_at=finished)
             )
-    bench.points.prune()
+    bench.points.prune(now() - SILENT_S)
     assert [len(bench.points.of(client.model_id)) for client in clients] == [0, 0, 1]
     assert [folder.name for folder in bench.points_folder.glob("*") if any(folder.glob("*/*"))] == ["sess-c:train:0"]
 
