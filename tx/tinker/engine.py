@@ -143,9 +143,13 @@ class Engine:
         if requeued:
             log.info("%d jobs of the previous engine start again", requeued)
         self._jobs.take_cancelled(self._base_model)  # that engine had them; nobody has them now
-        while not stopping():
-            if not self.step():
-                self._wait()
+        try:
+            while not stopping():
+                if not self.step():
+                    self._wait()
+        except AWAY:
+            self._in_flight.set(())  # none of them has killed us
+            raise
         self._writer.shutdown(wait=False, cancel_futures=True)
         self._points.close()
         self._jobs.requeue(self._base_model)
