@@ -115,6 +115,24 @@ def test_a_database_that_stays_away_ends_the_engine_and_fails_no_job(bench, monk
     ]
 
 
+def test_no_job_is_blamed_for_a_database_that_went_away(bench, monkeypatch):
+    client = Client(bench)
+    bench.run(client.create())
+    there = client.train(1)
+    start(bench)
+
+    def compute():
+        raise away()
+
+    monkeypatch.setattr(bench.engine, "_compute", compute)
+    monkeypatch.setattr(bench.engine._jobs, "requeue", lambda *_: 0)  # it goes on with what it has
+    with pytest.raises(OperationalError):
+        bench.engine.run(lambda: False)
+    bench.restart()
+    assert attempts(bench, there) == [0]
+    body_of(bench.run(there)[0])
+
+
 def test_a_job_whose_reading_fails_for_the_database_waits(bench, monkeypatch):
     client = Client(bench)
     bench.run(client.create(), client.train(1))

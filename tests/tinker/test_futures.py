@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tx.errors import InvalidInput
 from tx.tinker.db import Sampler, now, open_database
@@ -100,6 +101,29 @@ def test_a_job_that_finished_before_the_wait_is_not_missed(jobs, watcher):
         return bool(jobs.finished_ids([answer.request_id]))
 
     assert asyncio.run(watcher.wait(answer.request_id, 60, check)) is True
+
+
+def test_whoever_wakes_the_others_lives_on_after_a_database_that_was_away(jobs, watcher, monkeypatch):
+    first, second = (answer.request_id for answer in jobs.append([new(1), new(2)]))
+    real, failures = jobs.finished_ids, [OperationalError("SELECT", {}, Exception("terminated"))]
+
+    def finished_ids(request_ids):
+        if failures:
+            raise failures.pop()
+        return real(request_ids)
+
+    monkeypatch.setattr(jobs, "finished_ids", finished_ids)
+
+    async def wait(request_id: int) -> bool:
+        async def finish() -> None:
+            jobs.commit([Outcome(request_id, b"")])
+
+        done, _ = await asyncio.gather(watcher.wait(request_id, 30.0, lambda: False), finish())
+        return done
+
+    assert asyncio.run(wait(first)), "told to look for himself"
+    assert not failures
+    assert asyncio.run(wait(second))
 
 
 def test_waiting_ends_with_the_time_or_with_the_service(jobs, watcher):

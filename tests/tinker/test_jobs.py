@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, now, open_database, reading, writing
+from tx.tinker.db import Checkpoint, Job, Model, RecoveryPoint, Sampler, Session, now, open_database, reading, writing
 from tx.tinker.jobs import Appended, JobTable, NewJob, Outcome
 from tx.tinker.notify import ChangeSignal
 
@@ -354,6 +354,7 @@ def test_history_is_what_went_well_in_seq_order(jobs):
 
 
 def test_prune_keeps_what_a_recovery_needs_and_the_accounting(db, jobs):
+    """A checkpoint is no reason to let payloads go: its owner may delete it."""
     requests = ids(
         jobs.append([new(1), new(2), new(3), NewJob(kind="sample", base_model=BASE, payload=b"p", tokens_in=5), new(4)])
     )
@@ -371,12 +372,36 @@ def test_prune_keeps_what_a_recovery_needs_and_the_accounting(db, jobs):
                 has_optimizer=True,
             )
         )
+        session.add_all(
+            RecoveryPoint(model_id="s:train:0", seq_id=seq, base_model=BASE, size_bytes=1, created_at=0.0)
+            for seq in (1, 2)
+        )
     assert jobs.prune(before=now() - 60) == 0
     jobs.prune(before=now() + 60)
     rows = [jobs.get(request) for request in requests]
     assert [row.result for row in rows] == [None] * 5
-    assert [row.payload for row in rows] == [None, None, b"body", None, b"body"]
+    assert [row.payload for row in rows] == [None, b"body", b"body", None, b"body"]
     assert (rows[3].tokens_in, rows[3].tokens_out, rows[3].status) == (5, 2, "done")
+
+
+def test_prune_takes_all_of_a_session_that_is_long_over_and_has_nothing_left_to_do(db, jobs):
+    done, waits = ids(jobs.append([new(1), new(2)]))
+    jobs.commit([Outcome(done, b"r")])
+    with writing(db) as session:
+        session.add(Session(session_id="s", created_at=0.0, heartbeat_at=0.0, finished_at=now()))
+
+    def prune() -> bytes | None:
+        jobs.prune(before=now() + 60)
+        return jobs.get(done).payload
+
+    assert prune() == b"body", "what waits may need it"
+    jobs.commit([Outcome(waits, b"r")])
+    with writing(db) as session:
+        session.get(Session, "s").finished_at = now() + 3600
+    assert prune() == b"body", "it has only just finished"
+    with writing(db) as session:
+        session.get(Session, "s").finished_at = now()
+    assert prune() is None
 
 
 def test_verbs_announce_to_another_process(database_url, db):

@@ -429,15 +429,17 @@ class JobTableMachine(RuleBasedStateMachine):
         return max(row.seq_id for row in effects) if created else None
 
     def _replays(self, owner: str) -> list:
-        """How the model would come back: from all that will stay, and if its newest recovery point were damaged."""
+        """How the model would come back: from all that is there, if its owner deleted his checkpoints, if its newest
+        recovery point were damaged, or both.
+        """
         with reading(self.db) as session:
             checkpoints = session.exec(select(Checkpoint).where(Checkpoint.model_id == owner)).all()
             points = session.exec(select(RecoveryPoint).where(RecoveryPoint.model_id == owner)).all()
-        lasting = [checkpoint for checkpoint in checkpoints if checkpoint.expires_at is None]
         points = sorted(points, key=lambda point: point.seq_id)
         history = self.jobs.history(owner)
         return [
-            self._outcome(lambda: plan_replay(owner, history, [*lasting, *some]))  # noqa: B023 (called at once)
+            self._outcome(lambda: plan_replay(owner, history, [*saved, *some]))  # noqa: B023 (called at once)
+            for saved in (checkpoints, [])
             for some in (points, points[:-1])
         ]
 

@@ -21,6 +21,10 @@ from tx.types import (
 PROMPT = [10, 11, 12]
 
 
+def resolve(db, asked: ForwardBackward, session_id: str, **how: bool) -> ForwardBackward:
+    return recordings.resolve(db, asked, session_id, usable_since=now() - recordings.USABLE_S, **how)
+
+
 @pytest.fixture
 def db(sqlite_url):
     db = open_database(sqlite_url)
@@ -39,7 +43,7 @@ def request(targets: list[int], spans: list[Span], advantages: list[float], loss
 
 def test_the_worked_example(db):
     spans = [Span("7-0", 1, 2, False), Span("7-0", 0, 2, True)]
-    resolved = recordings.resolve(db, request([11, 12, 20, 21], spans, [0, 0, 1, 1]), "s")
+    resolved = resolve(db, request([11, 12, 20, 21], spans, [0, 0, 1, 1]), "s")
     inputs = resolved.data[0].inputs
     assert inputs["logprobs"].tolist() == [0, 0, -1, -2]
     assert inputs["recorded_mask"].tolist() == [0, 0, 1, 1]
@@ -48,18 +52,18 @@ def test_the_worked_example(db):
 def test_targets_under_a_prompt_span_are_not_compared(db):
     """The cookbook's rl_loop pads them with zeros: they carry no loss."""
     spans = [Span("7-0", 1, 2, False), Span("7-0", 0, 1, True)]
-    resolved = recordings.resolve(db, request([0, 0, 20], spans, [0, 0, 1]), "s")
+    resolved = resolve(db, request([0, 0, 20], spans, [0, 0, 1]), "s")
     assert resolved.data[0].inputs["logprobs"].tolist() == [0, 0, -1]
 
 
 def test_a_span_may_start_anywhere_in_its_sequence(db):
-    resolved = recordings.resolve(db, request([21, 22], [Span("7-0", 1, 2, True)], [1, 1]), "s")
+    resolved = resolve(db, request([21, 22], [Span("7-0", 1, 2, True)], [1, 1]), "s")
     assert resolved.data[0].inputs["logprobs"].tolist() == [-2, -3]
 
 
 def test_other_losses_ignore_spans(db):
     ppo = request([1], [Span("nobody", 0, 1, True)], [1], loss_fn="ppo")
-    assert recordings.resolve(db, ppo, "s") is ppo
+    assert resolve(db, ppo, "s") is ppo
 
 
 @pytest.mark.parametrize(
@@ -75,28 +79,28 @@ def test_other_losses_ignore_spans(db):
 )
 def test_what_does_not_match_is_refused_by_name(db, targets, spans, advantages, words):
     with pytest.raises(InvalidInput, match=r"^data\[0\].*" + words):
-        recordings.resolve(db, request(targets, spans, advantages), "s")
+        resolve(db, request(targets, spans, advantages), "s")
 
 
 def test_recordings_belong_to_a_session_and_are_kept_a_day_after_their_last_use(db):
     good = request([20], [Span("7-0", 0, 1, True)], [1])
     with pytest.raises(InvalidInput, match="7-0"):
-        recordings.resolve(db, good, "another session")
+        resolve(db, good, "another session")
 
     def set_used(age_s: float) -> None:
         with writing(db) as session:
             session.get(RecordedSequence, "7-0").used_at = now() - age_s
 
     set_used(recordings.USABLE_S - 60)
-    recordings.resolve(db, good, "s")
+    resolve(db, good, "s")
     with reading(db) as session:
         assert session.get(RecordedSequence, "7-0").used_at > now() - 60
     set_used(recordings.USABLE_S + 60)
     with pytest.raises(InvalidInput, match="7-0"):
-        recordings.resolve(db, good, "s")
-    assert recordings.resolve(db, good, "s", replaying=True).data[0].inputs["logprobs"].tolist() == [-1]
+        resolve(db, good, "s")
+    assert resolve(db, good, "s", replaying=True).data[0].inputs["logprobs"].tolist() == [-1]
     recordings.prune(db, now() - recordings.KEPT_S)
-    recordings.resolve(db, good, "s", replaying=True)
+    resolve(db, good, "s", replaying=True)
     recordings.prune(db, now())
     with pytest.raises(InvalidInput, match="7-0"):
-        recordings.resolve(db, good, "s", replaying=True)
+        resolve(db, good, "s", replaying=True)

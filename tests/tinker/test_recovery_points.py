@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, new_worker
+from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.db import RecoveryPoint, Session, now, writing
 from tx.tinker.recovery_points import KEPT, MIN_TRAINED_S, SHARE, SILENT_S, RecoveryPoints
+from tx.tinker.uptime import Uptime
 from tx.types import LoraConfig, ModelState
 
 HOUR_S = 3600.0
@@ -132,7 +134,7 @@ def test_points_of_finished_and_of_long_silent_sessions_go(bench):
             db.add(
                 Session(session_id=client.session_id, created_at=now(), heartbeat_at=heartbeat, finished_at=finished)
             )
-    bench.points.prune()
+    bench.points.prune(now() - SILENT_S)
     assert [len(bench.points.of(client.model_id)) for client in clients] == [0, 0, 1]
     assert [folder.name for folder in bench.points_folder.glob("*") if any(folder.glob("*/*"))] == ["sess-c:train:0"]
 
@@ -208,3 +210,51 @@ def test_moe_states_come_back_bit_for_bit(tmp_path, database_url, tiny_qwen3_moe
     point = step_with_point(bench, client, 1)
     assert_equal(bench.points.read(point), state_of(bench, client))
     bench.close()
+
+
+@pytest.mark.parametrize("goes", ["deleted", "expired"])
+def test_a_model_comes_back_without_the_checkpoint_that_it_was_saved_to(bench, goes, monkeypatch):
+    """Its owner may have let it go after its old payloads were pruned."""
+    monkeypatch.setattr("tx.tinker.recovery_points.MIN_TRAINED_S", float("inf"))  # it has trained for too short a time
+    client = Client(bench)
+    bench.run(client.create(), client.train(1))
+    body_of(bench.run(client.step())[0])
+    body_of(bench.run(client.do("save_weights", path="only"))[0])
+    body_of(bench.run(client.train(2), client.step())[1])
+    expected = state_of(bench, client)
+    bench.jobs.prune(now() + HOUR_S)
+    rows = CheckpointRows(bench.db)
+    if goes == "deleted":
+        gone = rows.delete(client.model_id, "weights/only")
+        bench.folders.delete(gone.folder)
+    else:
+        rows.set_ttl(client.model_id, "weights/only", 1.0)
+        (gone,) = CheckpointRows(bench.db, clock=lambda: now() + HOUR_S).expire()
+        bench.folders.delete(gone.folder)
+
+    bench.restart()
+    body_of(bench.run(client.train(3, forward_only=True))[0])
+    assert_equal(state_of(bench, client), expected)
+
+
+def test_a_leap_of_the_clock_takes_no_point_of_a_session_that_has_not_been_silent(bench):
+    wall, steady = [now()], [0.0]
+    client = Client(bench)
+    bench.run(client.create())
+    step_with_point(bench, client, 1)
+    with writing(bench.db) as db:
+        db.add(Session(session_id=client.session_id, created_at=wall[0], heartbeat_at=wall[0]))
+    bench.engine._ages = Uptime(clock=lambda: wall[0], steady=lambda: steady[0])
+
+    def points_after_housekeeping(leap_s: float, passes_s: float) -> int:
+        wall[0] += leap_s + passes_s
+        steady[0] += passes_s
+        bench.engine._next_housekeeping = 0.0
+        bench.engine.step()
+        return len(bench.points.of(client.model_id))
+
+    assert points_after_housekeeping(9 * 86400.0, 0.0) == 1
+    assert points_after_housekeeping(0.0, SILENT_S - 60) == 1
+    assert points_after_housekeeping(-9 * 86400.0, 0.0) == 1
+    assert points_after_housekeeping(9 * 86400.0, 0.0) == 1
+    assert points_after_housekeeping(0.0, SILENT_S + 60) == 0, "it has been now"

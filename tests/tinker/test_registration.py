@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -46,19 +47,35 @@ def test_the_row_says_what_happens(db, sqlite_url):
     assert (row(db).state, row(db).detail) == ("failed", "why")
 
 
-def test_a_living_engine_is_refused_company(db, monkeypatch):
-    monkeypatch.setattr(registration, "DEAD_AFTER_S", 0.2)
-    other_engine(db, os.getppid(), now() + 3600)
-    with pytest.raises(StartupError, match="already serves m"):
-        Registration(db, "m", ("m",))
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0])
+def test_a_living_engine_is_refused_company(db, monkeypatch, ahead_s):
+    monkeypatch.setattr(registration, "DEAD_AFTER_S", 2.0)
+    gone = threading.Event()
+
+    def live() -> None:
+        while not gone.wait(0.05):
+            other_engine(db, os.getppid(), now() + ahead_s)
+
+    other_engine(db, os.getppid(), now() + ahead_s)
+    other = threading.Thread(target=live)
+    other.start()
+    try:
+        with pytest.raises(StartupError, match="already serves m"):
+            Registration(db, "m", ("m",))
+    finally:
+        gone.set()
+        other.join()
 
 
-@pytest.mark.parametrize("sign", ["no process", "silent", "stopped"])
-def test_a_dead_engine_is_replaced(db, sign):
+@pytest.mark.parametrize("sign", ["no process", "silent", "silent, in the future", "stopped"])
+def test_a_dead_engine_is_replaced(db, sign, monkeypatch):
     if sign == "no process":
         child = subprocess.Popen([sys.executable, "-c", ""])
         child.wait()
         other_engine(db, child.pid, now())
+    elif sign == "silent, in the future":  # the clock was put back since, and a process of its id runs again
+        monkeypatch.setattr(registration, "DEAD_AFTER_S", 0.2)
+        other_engine(db, os.getppid(), now() + 9 * 86400)
     elif sign == "silent":
         other_engine(db, os.getppid(), now() - registration.DEAD_AFTER_S - 1)
     else:

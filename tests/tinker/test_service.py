@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from tests.tinker.conftest import Client
+from tx.tinker import uptime
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, RecordedSequence, now, open_database, reading, writing
+from tx.tinker.db import Checkpoint, Engine, Job, RecordedSequence, now, open_database, reading, writing
 from tx.tinker.db import Session as SessionRow
-from tx.tinker.service import KEEP_RECORDINGS_S, Service, fingerprint
+from tx.tinker.jobs import Outcome
+from tx.tinker.recordings import KEPT_S
+from tx.tinker.service import ALIVE_S, KEEP_RESULTS_S, Service, fingerprint
 from tx.tinker.sessions import EXPIRED_AFTER_S
+
+DAY_S = 86400.0
 
 
 def test_names_are_known_before_the_engine_registers(service):
@@ -54,9 +61,10 @@ def test_files_that_cannot_be_deleted_keep_no_row_from_going(service, engine, ca
     assert "files remain: /dev/null/x can't be deleted: Not a directory" in caplog.text
 
 
-def test_recordings_are_swept_a_day_after_their_last_use(service):
+def test_recordings_are_swept_when_no_replay_will_want_them(service, monkeypatch):
+    monkeypatch.setattr(uptime, "SETTLE_S", 0.0)
     with writing(service.db) as session:
-        for name, age_s in (("old", KEEP_RECORDINGS_S + 5), ("new", KEEP_RECORDINGS_S - 60)):
+        for name, age_s in (("old", KEPT_S + 5), ("new", KEPT_S - 60)):
             session.add(
                 RecordedSequence(
                     sequence_id=name, session_id="s", tokens=b"", logprobs=b"", prompt=b"", used_at=now() - age_s
@@ -70,7 +78,8 @@ def test_recordings_are_swept_a_day_after_their_last_use(service):
 
 def test_samples_of_a_silent_session_are_cancelled_its_model_stays(config, running):
     clock = [now()]
-    service = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+    clocks = {"clock": lambda: clock[0], "steady": lambda: clock[0]}
+    service = Service(config, open_database(config.resolved_database_url), **clocks)
     with Client(service) as client:
         session, other = client.new_session(), client.new_session()
         model = client.new_model(session)
@@ -98,6 +107,111 @@ def test_silence_counts_from_when_we_could_hear(service, client):
     assert late.cancel_abandoned() == 0, "it has only just started: heartbeats could not reach it before"
     assert service.jobs.get(int(sample["request_id"])).status == "pending"
     late.close()
+
+
+@dataclass
+class Clocks:
+    """The wall clock, which a test may put forward or back, and one that only goes on."""
+
+    wall: float = field(default_factory=now)
+    steady: float = 100.0
+
+    def go_on(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    return Clocks()
+
+
+@pytest.fixture
+def leaping(config, running, clocks):
+    """A service by these clocks, up for a day; nobody answers its clients."""
+    db = open_database(config.resolved_database_url)
+    service = Service(config, db, clock=lambda: clocks.wall, steady=lambda: clocks.steady)
+    service.sweep()
+    clocks.go_on(DAY_S)
+    yield service
+    service.close()
+
+
+@pytest.mark.parametrize("leap_s", [9 * DAY_S, -9 * DAY_S])
+def test_a_leap_of_the_clock_cancels_nothing_until_a_session_has_really_been_silent(leaping, running, clocks, leap_s):
+    with Client(leaping) as client:
+        session = client.new_session()
+        running.close()
+        sample = client.sample(client.new_sampler(session))
+        with writing(leaping.db) as db:
+            db.get(Job, int(sample["request_id"])).created_at = clocks.wall
+        clocks.wall += leap_s
+        assert leaping.cancel_abandoned() == 0
+        clocks.go_on(EXPIRED_AFTER_S - 1)
+        assert leaping.cancel_abandoned() == 0
+        (found,) = client.ask("sessions/search")["sessions"]
+        assert found["status"]["type"] == "active"
+        if leap_s > 0:  # after one back, it has died in the future: its samples are only computed for nobody
+            clocks.go_on(2)
+            assert leaping.cancel_abandoned() == 1
+
+
+@pytest.mark.parametrize("leap_s", [9 * DAY_S, -9 * DAY_S])
+def test_a_leap_of_the_clock_deletes_no_answer_that_is_not_old(leaping, running, clocks, leap_s):
+    with Client(leaping) as client:
+        running.close()
+        future = client.sample(client.new_sampler())
+    request_id = int(future["request_id"])
+    leaping.jobs.commit([Outcome(request_id, b"answer")])
+    with writing(leaping.db) as db:
+        db.get(Job, request_id).finished_at = clocks.wall
+
+    def again() -> Service:
+        """Killed and started again: it knows only what is in the file."""
+        db = open_database(leaping.config.resolved_database_url)
+        return Service(leaping.config, db, clock=lambda: clocks.wall, steady=lambda: clocks.steady)
+
+    clocks.wall += leap_s
+    for service in (leaping, again()):
+        service.sweep()
+        clocks.go_on(60)
+        service.sweep()
+        assert leaping.jobs.get(request_id).result == b"answer"
+    clocks.wall -= leap_s
+    service.sweep()
+    clocks.go_on(KEEP_RESULTS_S - 300)
+    service.sweep()
+    assert leaping.jobs.get(request_id).result == b"answer"
+    clocks.go_on(2 * KEEP_RESULTS_S)
+    service.sweep()
+    assert leaping.jobs.get(request_id).result is None, "it goes at last"
+    service.close()
+
+
+@pytest.mark.parametrize("leap_s", [9 * DAY_S, -9 * DAY_S])
+def test_an_engine_is_alive_while_it_gives_signs_whatever_the_clock_does(leaping, clocks, leap_s):
+    def state() -> tuple[str, str | None]:
+        health = leaping.health()
+        return health.status, health.detail
+
+    def beat() -> None:
+        with writing(leaping.db) as db:
+            db.merge(Engine(base_model=leaping.config.base_model_name, state="ready", heartbeat_at=clocks.wall))
+
+    beat()
+    assert state() == ("ok", None)
+    clocks.wall += leap_s
+    assert state() == ("ok", None)
+    clocks.go_on(1)
+    beat()
+    clocks.go_on(ALIVE_S - 1)
+    assert state() == ("ok", None)
+    clocks.wall += leap_s  # and this time it is dead
+    assert state() == ("ok", None)
+    clocks.go_on(2 * ALIVE_S + 2)
+    status, detail = state()
+    assert status == "failed"
+    assert detail.startswith("no sign of life for ")
 
 
 def test_fingerprints_differ_with_content():

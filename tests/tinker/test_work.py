@@ -7,6 +7,7 @@ import pytest
 from tx.errors import InvalidInput, Unsupported
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.db import Job, Model, open_database
+from tx.tinker.uptime import Uptime
 from tx.tinker.work import Work, lora_of, made_sampler
 from tx.types import LoraConfig
 
@@ -42,6 +43,6 @@ def test_every_lora_field_of_a_model_counts():
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path, sqlite_url):
-    work = Work(open_database(sqlite_url), None, CheckpointFolders(tmp_path), "b")
+    work = Work(open_database(sqlite_url), None, CheckpointFolders(tmp_path), "b", Uptime())
     with pytest.raises(Unsupported, match="grow_wings"):
         work.start(job("grow_wings", b"{}"))

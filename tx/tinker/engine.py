@@ -35,19 +35,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from sqlalchemy.engine import Engine as Database
 
 from tx.errors import InvalidInput, ModelLost, StartupError, TxError
-from tx.tinker import recordings, startup
+from tx.tinker import startup, uptime
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
-from tx.tinker.db import AWAY, Job, now
+from tx.tinker.db import AWAY, Job
 from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.reads import StillReading
 from tx.tinker.rebuild import Rebuilds
-from tx.tinker.recovery_points import RecoveryPoints
+from tx.tinker.recovery_points import SILENT_S, RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.supervisor import say_ready
+from tx.tinker.uptime import Uptime
 from tx.tinker.work import KIND_OF_SAVE, Work, Writing, made_sampler
 from tx.types import Finished
 from tx.utils import log as log_setup
@@ -75,7 +76,6 @@ SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 
 MARK_STARTED_EVERY_S = 1.0
 HOUSEKEEPING_EVERY_S = 60.0
-PRUNE_JOBS_AFTER_S = 7 * 86400.0
 _IDLE_WAIT_S = 0.25
 _FILES_WAIT_S = 0.005
 
@@ -91,6 +91,7 @@ class Engine:
 
     Args:
         sample_room: how many sequences the worker is given at the same time; the others wait here or in the table.
+        ages: what is judged old by (default: by how long this object has been there).
         clock: seconds, to share the device by.
     """
 
@@ -105,6 +106,7 @@ class Engine:
         base_model: str,
         *,
         sample_room: int,
+        ages: Uptime | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._db = db
@@ -116,7 +118,8 @@ class Engine:
         self._clock = clock
         self._jobs = JobTable(db, signal)
         self._sessions = Sessions(db)
-        self._work = Work(db, worker, folders, base_model)
+        self._ages = Uptime() if ages is None else ages
+        self._work = Work(db, worker, folders, base_model, self._ages)
         self._points = points
         self._in_flight = in_flight
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work, points)
@@ -140,9 +143,13 @@ class Engine:
         if requeued:
             log.info("%d jobs of the previous engine start again", requeued)
         self._jobs.take_cancelled(self._base_model)  # that engine had them; nobody has them now
-        while not stopping():
-            if not self.step():
-                self._wait()
+        try:
+            while not stopping():
+                if not self.step():
+                    self._wait()
+        except AWAY:
+            self._in_flight.set(())  # none of them has killed us
+            raise
         self._writer.shutdown(wait=False, cancel_futures=True)
         self._points.close()
         self._jobs.requeue(self._base_model)
@@ -461,26 +468,25 @@ class Engine:
     # ---- now and then -----------------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
-        """Say which samples run; park idle models; delete what has expired: recordings, old results."""
-        if self._unmarked and now() >= self._next_mark:
-            self._next_mark = now() + MARK_STARTED_EVERY_S
+        """Say which samples run; park idle models; let go of points that nobody will come for."""
+        at = time.monotonic()
+        if self._unmarked and at >= self._next_mark:
+            self._next_mark = at + MARK_STARTED_EVERY_S
             # Most are over before their turn here: those cost no write.
             self._jobs.start([request_id for request_id in self._unmarked if request_id in self._running])
             self._unmarked.clear()
-        if now() < self._next_housekeeping:
+        if at < self._next_housekeeping:
             return
-        self._next_housekeeping = now() + HOUSEKEEPING_EVERY_S
+        self._next_housekeeping = at + HOUSEKEEPING_EVERY_S
         self._park_idle()
-        self._points.prune()
+        self._points.prune(self._ages.before(SILENT_S))
         self._work.reads.drop_untaken()
-        recordings.prune(self._db, now() - recordings.KEPT_S)
-        self._jobs.prune(now() - PRUNE_JOBS_AFTER_S)
 
     def _park_idle(self) -> None:
         """Models of sessions that have finished or expired leave the device, whole; their next job brings them back."""
         busy = {header.model_id for header, _ in (*self._waiting.values(), *self._running.values())}
         resident = [model_id for model_id in self._worker.resident_models if model_id not in busy]
-        for model_id in self._sessions.idle_models(resident, now() - EXPIRED_AFTER_S):
+        for model_id in self._sessions.idle_models(resident, self._ages.span(EXPIRED_AFTER_S)[0]):
             if model_id not in self._rebuilds:
                 log.info("%s is parked: its session is over", model_id)
                 self._worker.park_model(model_id)
@@ -502,6 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 InFlight(config.recovery_folder / "in-flight"),
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
+                ages=Uptime(config.recovery_folder / "uptime", settle_s=uptime.SETTLE_S),
             )
             if config.warmup:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections import defaultdict
@@ -18,6 +19,8 @@ from tx.errors import NotFound, Overloaded
 from tx.tinker.jobs import Appended, JobTable, NewJob
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.sessions import Beat, Sessions
+
+log = logging.getLogger(__name__)
 
 _MAX_GROUP_JOBS = 512
 _MAX_GROUP_BYTES = 32 * 2**20
@@ -188,7 +191,12 @@ class Watcher:
                 continue
             with self._lock:
                 awaited = list(self._waiting)
-            self._wake(self._arrived(awaited))
+            try:
+                arrived = self._arrived(awaited)
+            except Exception as error:  # the thread must live on, and who waits had better look for himself
+                log.warning("finished jobs can't be looked up: %s", error)
+                arrived = set(awaited)
+            self._wake(arrived)
         with self._lock:
             awaited = list(self._waiting)
         self._wake(set(awaited))

@@ -30,7 +30,7 @@ from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Cancellation, Checkpoint, Job, Model, RecoveryPoint, Sampler, Session, now, reading, writing
+from tx.tinker.db import Cancellation, Job, Model, RecoveryPoint, Sampler, Session, now, reading, writing
 from tx.tinker.notify import ChangeSignal, Topic
 
 JOB_KINDS = (
@@ -339,18 +339,24 @@ class JobTable:
     def prune(self, before: float) -> int:
         """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
 
-        A model is rebuilt from a training checkpoint with optimizer state or from a recovery point, so payloads up to
-        the seq of the newest checkpoint that doesn't expire are free to go, and up to that of a point which has a newer
-        one behind it; without either, all its payloads are needed. A load that may be replayed keeps its result, which
-        tells whether its path still has the same weights.
+        Payloads of a model up to the seq of a recovery point which has a newer one behind it are free to go; without
+        such a point all are needed, until the model's session has been finished for as long and has nothing left to do.
+        Checkpoints don't count: their owner may delete them, or let them expire, whenever he likes. A load that may be
+        replayed keeps its result, which tells whether its path still has the same weights.
         """
         finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
-        newest = (
-            select(func.max(Checkpoint.seq_id))
-            .where(Checkpoint.model_id == Job.model_id, Checkpoint.kind == "weights", col(Checkpoint.has_optimizer))
-            .where(col(Checkpoint.expires_at).is_(None))
+        unfinished = aliased(Job)
+        over = (
+            select(col(Session.session_id))
+            .where(Session.session_id == Job.session_id, col(Session.finished_at) < before)
+            .where(
+                ~select(unfinished.request_id)
+                .where(unfinished.session_id == Session.session_id, col(unfinished.status).in_(_UNFINISHED))
+                .correlate(Session)
+                .exists()
+            )
             .correlate(Job)
-            .scalar_subquery()
+            .exists()
         )
         newer = aliased(RecoveryPoint)
         superseded = (
@@ -368,8 +374,8 @@ class JobTable:
         needless = or_(
             col(Job.model_id).is_(None),
             col(Job.status) == "failed",
-            col(Job.seq_id) <= newest,
             col(Job.seq_id) <= superseded,
+            over,
         )
         has_result = and_(col(Job.result).is_not(None), or_(col(Job.kind) != "load_weights", needless))
         has_payload = and_(col(Job.payload).is_not(None), needless)

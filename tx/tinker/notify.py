@@ -194,7 +194,8 @@ class _PostgresSignal:
             # The server went away; what it said meanwhile is lost, so the caller had better look.
             time.sleep(min(1.0, timeout))
             self._listener.close()
-            self._listener = self._listen()
+            with contextlib.suppress(psycopg.OperationalError):  # it is away still: the next wait tries again
+                self._listener = self._listen()
             return True
 
     def announce(self, topics: tuple[Topic, ...]) -> None:
@@ -203,7 +204,9 @@ class _PostgresSignal:
                 self._notify(topics)
             except psycopg.OperationalError:
                 self._announcer = None
-                self._notify(topics)
+                # What we tell of is committed. Without a server, those who listen have lost it too, and will look.
+                with contextlib.suppress(psycopg.OperationalError):
+                    self._notify(topics)
 
     def close(self) -> None:
         if self._listener is not None:

@@ -51,8 +51,13 @@ def rows_of(request_id: int, session_id: str, request: SampleRequest, result: Sa
     ]
 
 
-def resolve(db: Database, request: ForwardBackward, session_id: str, *, replaying: bool = False) -> ForwardBackward:
+def resolve(
+    db: Database, request: ForwardBackward, session_id: str, *, usable_since: float, replaying: bool = False
+) -> ForwardBackward:
     """The request with q and its mask filled in; requests of other losses come back as they are.
+
+    Args:
+        usable_since: a recording last used before then (UTC seconds since the epoch) is too old.
 
     Raises:
         InvalidInput: a span that names no usable recording of this session, or other tokens than it recorded. A
@@ -62,7 +67,7 @@ def resolve(db: Database, request: ForwardBackward, session_id: str, *, replayin
     if spec is None or not spec.needs_spans:
         return request
     names = {span.sequence_id for datum in request.data for span in datum.input_spans}
-    found = _look_up(db, names, session_id, not_before=0.0 if replaying else now() - USABLE_S)
+    found = _look_up(db, names, session_id, not_before=0.0 if replaying else usable_since)
     data = tuple(_resolve_datum(datum, f"data[{i}]", found) for i, datum in enumerate(request.data))
     if not replaying:
         _touch(db, [name for name, row in found.items() if row.used_at < now() - TOUCH_EVERY_S])

@@ -162,9 +162,9 @@ class RecoveryPoints:
             raise BrokenCheckpoint(str(error)) from error
         return model_files.from_point(card, files)
 
-    def prune(self) -> None:
-        """Delete the points of models that no request can reach any more, or whose client has been gone for long."""
-        over = or_(col(Session.finished_at).is_not(None), col(Session.heartbeat_at) < now() - SILENT_S)
+    def prune(self, silent_before: float) -> None:
+        """Delete the points of models that no request can reach any more, or whose client fell silent before then."""
+        over = or_(col(Session.finished_at).is_not(None), col(Session.heartbeat_at) < silent_before)
         query = (
             select(RecoveryPoint)
             .join(Model, col(Model.model_id) == col(RecoveryPoint.model_id))

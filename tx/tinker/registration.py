@@ -82,18 +82,24 @@ class Registration:
 
     def _await_predecessor(self) -> None:
         """Two engines of one base model would take each other's jobs: wait for a dying one, refuse a living one."""
-        deadline = time.monotonic() + 2 * DEAD_AFTER_S
-        while self._other_lives():
-            if time.monotonic() > deadline:
-                raise StartupError(f"Another engine already serves {self._row.base_model} on this database.")
+        began = changed = time.monotonic()
+        other = self._other_that_may_live()
+        while other is not None:
             time.sleep(0.1)
+            last, other, at = other.heartbeat_at, self._other_that_may_live(), time.monotonic()
+            if other is not None and other.heartbeat_at != last:
+                changed = at
+            if at - changed > DEAD_AFTER_S:
+                return  # whatever the wall clock says: a living one would have written
+            if at - began > 2 * DEAD_AFTER_S:
+                raise StartupError(f"Another engine already serves {self._row.base_model} on this database.")
 
-    def _other_lives(self) -> bool:
+    def _other_that_may_live(self) -> tables.Engine | None:
         with reading(self._db) as session:
             row = session.get(tables.Engine, self._row.base_model)
         if row is None or row.pid == os.getpid() or row.state in ("stopped", "failed"):
-            return False
-        return row.heartbeat_at > now() - DEAD_AFTER_S and _may_run(row.pid)
+            return None
+        return row if row.heartbeat_at > now() - DEAD_AFTER_S and _may_run(row.pid) else None
 
 
 def _may_run(pid: int) -> bool:

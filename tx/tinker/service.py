@@ -14,20 +14,21 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BaseModel
-from sqlalchemy import delete
 from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.errors import StorageError
+from tx.tinker import recordings, uptime
 from tx.tinker.auth import ANYBODY, Auth, Caller
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, RecordedSequence, now, reading, writing
+from tx.tinker.db import Checkpoint, Engine, now, reading
 from tx.tinker.futures import Appender, Heartbeats, Watcher
 from tx.tinker.jobs import JobTable
 from tx.tinker.metrics import Metrics
@@ -35,6 +36,7 @@ from tx.tinker.notify import ChangeSignal
 from tx.tinker.openapi import describes_body
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.signing import UrlSigner
+from tx.tinker.uptime import Uptime
 from tx.tinker.wire import responses
 from tx.tinker.wire.requests import parse
 
@@ -52,8 +54,7 @@ _TURNS = 16
 and whatever else is on the event loop: one process has one core."""
 
 KEEP_RESULTS_S = 24 * 3600.0
-KEEP_RECORDINGS_S = 24 * 3600.0
-"""Recorded sequences are usable for a day after their last use (protocol §3.6)."""
+"""Of uptime: an answer that nobody can come for doesn't grow old."""
 
 
 class EngineProcess(Protocol):
@@ -78,7 +79,8 @@ class Service:
     ``caller``: whom its verbs work for; until ``bound_to`` somebody, that is the server itself, to whom all belongs.
 
     Args:
-        clock: UTC seconds since the epoch, to judge heartbeats and expiry by.
+        clock: UTC seconds since the epoch.
+        steady: seconds that never leap, to judge ages by.
         hold_s: how long a poll is held while there is nothing to answer.
     """
 
@@ -89,6 +91,7 @@ class Service:
         engine_process: EngineProcess | None = None,
         *,
         clock: Callable[[], float] = now,
+        steady: Callable[[], float] = time.monotonic,
         hold_s: float = HOLD_S,
     ) -> None:
         self.config = config
@@ -99,7 +102,8 @@ class Service:
         self.caller = ANYBODY
         self.auth = Auth(config.api_keys_file, db)
         self.hold_s = hold_s
-        self._up_since = clock()
+        self.steady = steady
+        self._lived = Uptime(clock=clock, steady=steady)
         self._counts: dict[str, tuple[float, int]] = {}  # by base model: when counted, unfinished sequences
         self._count_lock = threading.Lock()
         self.jobs = JobTable(db, self._signals[0], max_queued_samples=config.max_queued_samples)
@@ -151,7 +155,7 @@ class Service:
         with reading(self.db) as session:
             rows = session.exec(select(Engine).order_by(col(Engine.base_model))).all()
         own = None if self.config.external_engine else self.config.base_model_name
-        return [row for row in rows if row.base_model == own or now() - row.heartbeat_at < ALIVE_S]
+        return [row for row in rows if row.base_model == own or self._silent_s(row) is None]
 
     def engine(self, base_model: str) -> Engine | None:
         """The engine of a base model, alive or not."""
@@ -188,8 +192,9 @@ class Service:
             again = process is not None and process.restarts > 0
             state = "recovering" if again else "starting"
             return responses.Health(status=state, engine=state, base_model=name)
-        if row.state in ("ready", "recovering") and now() - row.heartbeat_at > ALIVE_S:
-            detail = f"no sign of life for {now() - row.heartbeat_at:.0f} s"
+        silent_s = self._silent_s(row)
+        if row.state in ("ready", "recovering") and silent_s is not None:
+            detail = f"no sign of life for {silent_s:.0f} s"
             return responses.Health(status="failed", engine=row.state, base_model=name, detail=detail)
         status = {"ready": "ok", "starting": "starting", "recovering": "recovering"}.get(row.state, "failed")
         return responses.Health.model_validate(
@@ -204,14 +209,21 @@ class Service:
         if engine.state != "ready":
             detail = f": {engine.detail}" if engine.detail else ""
             return "paused_capacity", f"The engine of {job.base_model} is {engine.state}{detail}."
-        if now() - engine.heartbeat_at > ALIVE_S:
-            silent_s = now() - engine.heartbeat_at
+        silent_s = self._silent_s(engine)
+        if silent_s is not None:
             return "paused_capacity", f"The engine of {job.base_model} has been silent for {silent_s:.0f} s."
         waiting = self.num_sequences(job.base_model) - engine.decode_slots
         if job.kind != "sample" or job.started_at is not None or waiting <= 0:
             return "active", None
         wait = "sequence waits" if waiting == 1 else "sequences wait"
         return "paused_capacity", f"{waiting} {wait} for {engine.decode_slots} decode slots."
+
+    def _silent_s(self, engine: Engine) -> float | None:
+        """None for an engine that lives; else for how long it has been silent, at least."""
+        first, last = self._lived.span(ALIVE_S)
+        if first <= engine.heartbeat_at <= last + ALIVE_S:  # its host's clock need not be ours
+            return None
+        return max(ALIVE_S, first + ALIVE_S - engine.heartbeat_at)
 
     def num_sequences(self, base_model: str) -> int:
         """How many sequences wait or decode, as of at most a second ago: every poll asks."""
@@ -234,20 +246,27 @@ class Service:
             log.info("Cancelled %d samples of sessions that have ended or fallen silent", count)
         return count
 
+    def active_since(self) -> float:
+        """An open session with a heartbeat since then is active."""
+        return self._lived.before(EXPIRED_AFTER_S)
+
     def silent_before(self) -> float:
         """An open session without a heartbeat since then has fallen silent; 0 while we can't tell.
 
         While we were down, no heartbeat could reach us.
         """
-        before = self.clock() - EXPIRED_AFTER_S
-        return before if before >= self._up_since else 0.0
+        return self.active_since() if self._lived.seconds() >= EXPIRED_AFTER_S else 0.0
+
+    @cached_property
+    def _ages(self) -> Uptime:
+        """Of what is deleted for its age. Made by the one process that keeps house: the file is for one."""
+        file = self.config.data_folder / "uptime-api"
+        return Uptime(file, settle_s=uptime.SETTLE_S, clock=self.clock, steady=self.steady)
 
     def sweep(self) -> None:
         """Housekeeping: what is past its time goes. Rows first: a folder without a row is only wasted space."""
-        at = self.clock()
-        self.jobs.prune(at - KEEP_RESULTS_S)
-        with writing(self.db) as session:
-            session.exec(delete(RecordedSequence).where(col(RecordedSequence.used_at) < at - KEEP_RECORDINGS_S))
+        self.jobs.prune(self._ages.before(KEEP_RESULTS_S))
+        recordings.prune(self.db, self._ages.before(recordings.KEPT_S))
         for checkpoint in self.checkpoints.expire():
             self.remove_folder(checkpoint)
 

@@ -61,8 +61,9 @@ def _events(job: Row[Any], processes: dict[str, int]) -> Iterator[dict[str, Any]
     if owner not in processes:
         processes[owner] = len(processes) + 1
         yield {"ph": "M", "name": "process_name", "pid": processes[owner], "tid": 0, "args": {"name": owner}}
-    ends = job.finished_at or now()
-    starts = min(job.started_at or job.claimed_at or ends, ends)
+    # Whatever the wall clock did meanwhile, nothing lasts less than no time.
+    ends = max(job.finished_at or now(), job.created_at)
+    starts = max(min(job.started_at or job.claimed_at or ends, ends), job.created_at)
     told = {
         key: getattr(job, key)
         for key in ("seq_id", "status", "error", "tokens_in", "tokens_out", "tokens_cached", "num_sequences")

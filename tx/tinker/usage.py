@@ -209,6 +209,7 @@ def _storage_by_hour(start_s: int, end_s: int, now_s: float, owner: str | None) 
         .c
     )
     opens = start_s + hour.c.hour * HOUR_S
+    lasted = folder.until > folder.since  # a clock that was put back may say otherwise
     lasts = _least(folder.until, opens + HOUR_S) - _greatest(folder.since, opens)
     return (
         select(
@@ -218,7 +219,7 @@ def _storage_by_hour(start_s: int, end_s: int, now_s: float, owner: str | None) 
             func.sum(col(Checkpoint.size_bytes) * lasts).label("byte_seconds"),
         )
         .select_from(hour)
-        .join(folder.first.table, and_(folder.since < opens + HOUR_S, folder.until > opens))
+        .join(folder.first.table, and_(folder.since < opens + HOUR_S, folder.until > opens, lasted))
         .join(Checkpoint, col(Checkpoint.id) == folder.first)
         .outerjoin(Model, col(Model.model_id) == col(Checkpoint.model_id))
         .outerjoin(Session, col(Session.session_id) == col(Model.session_id))

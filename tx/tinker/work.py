@@ -24,6 +24,7 @@ from tx.tinker.checkpoints import CheckpointCard, CheckpointFolders, check_ttl
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, now, reading
 from tx.tinker.jobs import Outcome
 from tx.tinker.reads import Reads
+from tx.tinker.uptime import Uptime
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire.optimizer import adam_params, check_optimizer_config
 from tx.tinker.wire.paths import TinkerPath
@@ -66,11 +67,14 @@ class SnapshotNeed:
 class Work:
     """The handlers, and what they share. Driven by the engine's one thread."""
 
-    def __init__(self, db: Database, worker: Worker, folders: CheckpointFolders, base_model: str) -> None:
+    def __init__(
+        self, db: Database, worker: Worker, folders: CheckpointFolders, base_model: str, uptime: Uptime
+    ) -> None:
         self._db = db
         self._worker = worker
         self._folders = folders
         self._base_model = base_model
+        self._uptime = uptime
         self._snapshots: OrderedDict[str, None] = OrderedDict()
         self._needs: dict[int, SnapshotNeed | None] = {}  # by sample job that waits for its snapshot
         self._being_written: set[str] = set()
@@ -216,7 +220,8 @@ class Work:
     def _decode(self, job: Job, *, replaying: bool = False) -> types.ForwardBackward:
         request = codec.decode_forward_backward(_payload(job), job.payload_type, job.payload_encoding)
         session_id = paths.session_of(job.model_id or "")
-        return recordings.resolve(self._db, request, session_id, replaying=replaying)
+        since, _ = self._uptime.span(recordings.USABLE_S)
+        return recordings.resolve(self._db, request, session_id, usable_since=since, replaying=replaying)
 
     def _optim_step(self, job: Job, model_id: str) -> Outcome:
         metrics = self._worker.optim_step(model_id, adam_params(codec.parse_json(_payload(job))))

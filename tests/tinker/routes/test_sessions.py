@@ -91,7 +91,8 @@ def test_sessions_are_searched_and_page(client):
 
 def test_a_search_goes_by_the_services_clock(config, engine):
     clock = [now()]
-    service = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+    clocks = {"clock": lambda: clock[0], "steady": lambda: clock[0]}
+    service = Service(config, open_database(config.resolved_database_url), **clocks)
 
     def status() -> str | None:
         (session,) = client.ask("sessions/search")["sessions"]
@@ -105,7 +106,7 @@ def test_a_search_goes_by_the_services_clock(config, engine):
         client.ask("session_heartbeat", session_id=session)
         assert status() == "active"
         clock[0] += EXPIRED_AFTER_S + 1
-        restarted = Service(config, open_database(config.resolved_database_url), clock=lambda: clock[0])
+        restarted = Service(config, open_database(config.resolved_database_url), **clocks)
         with Client(restarted) as client:
             assert status() is None, "it could not have been heard"
         restarted.close()

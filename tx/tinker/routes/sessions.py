@@ -10,7 +10,6 @@ from tx.errors import InvalidInput
 from tx.tinker import db, session_search
 from tx.tinker.openapi import refuses
 from tx.tinker.service import AccessScope, Api, IdempotencyKey, Limit, Offset, SessionId, body
-from tx.tinker.sessions import EXPIRED_AFTER_S
 from tx.tinker.wire import requests, responses
 
 router = APIRouter()
@@ -84,12 +83,11 @@ def search_sessions(
     api: Api, request: Annotated[requests.SearchSessions, body(requests.SearchSessions)]
 ) -> responses.FoundSessions:
     """Newest first, with what became of each; ``tx.tinker.session_search`` says how that is told."""
-    at = api.clock()
     return session_search.search(
         api.db,
         request,
-        at=at,
-        active_since=at - EXPIRED_AFTER_S,
+        at=api.clock(),
+        active_since=api.active_since(),
         silent_before=api.silent_before(),
         owner=api.caller.owner,
     )
