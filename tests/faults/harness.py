@@ -78,6 +78,7 @@ class Faults:
         self._rng = rng
         self._report = report
         self._stop = threading.Event()
+        self._http = httpx.Client(timeout=5)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="faults")
         self._thread.start()
@@ -91,6 +92,7 @@ class Faults:
         """No more kills; the server is up when this returns."""
         self._stop.set()
         self._thread.join()
+        self._http.close()
         self._revive()
         if self.error is not None:
             raise self.error
@@ -98,17 +100,17 @@ class Faults:
     def _run(self) -> None:
         try:
             while self._report.kills < self._kills and not self._stop.is_set():
-                self._one()
-                self._revive()
-                # Mostly in the middle of work, and one time in four while everything is still coming back.
-                if self._rng.random() < 0.75:
+                kind = self._rng.choices(("point", "engine", "api point", "api", "power"), (60, 15, 12, 7, 6))[0]
+                # Mostly in the middle of work; one random kill in two while everything is still coming back.
+                if kind.endswith("point") or self._rng.random() < 0.5:
                     self._await_ready()
                 self._stop.wait(self._rng.uniform(0.0, 1.0))
+                self._one(kind)
+                self._revive()
         except BaseException as error:
             self.error = error
 
-    def _one(self) -> None:
-        kind = self._rng.choices(("point", "engine", "api point", "api", "power"), (60, 15, 12, 7, 6))[0]
+    def _one(self, kind: str) -> None:
         if kind in ("point", "api point"):
             point = self._rng.choice(ENGINE_POINTS if kind == "point" else API_POINTS)
             if self._fire_at(point):
@@ -174,7 +176,7 @@ class Faults:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not self._stop.is_set():
             try:
-                if httpx.get(f"{self._server.url}/api/v1/healthz", timeout=5).status_code == 200:
+                if self._http.get(f"{self._server.url}/api/v1/healthz").status_code == 200:
                     return
             except httpx.TransportError:
                 self._revive()

@@ -8,6 +8,7 @@ import hmac
 import json
 import threading
 
+import pytest
 from sqlmodel import select
 
 from tx.errors import Overloaded, StartupError, Unauthorized

@@ -1,40 +1,22 @@
-"""The job table on SQLite and on a real PostgreSQL: idempotency, order, final states, pruning."""
+"""The job table on SQLite and on a real PostgreSQL: idempotency, order, final states."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
-from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Checkpoint, Job, Model, RecoveryPoint, Sampler, Session, now, open_database, reading, writing
+from tests.tinker.new_jobs import BASE, ids, new, sample
+from tx.errors import InvalidInput
+from tx.tinker.db import Job, Model, Sampler, Session, now, open_database, reading, writing
 from tx.tinker.jobs import Appended, JobTable, NewJob, Outcome
 from tx.tinker.notify import ChangeSignal
-
-BASE = "org/base"
 
 
 @pytest.fixture
 def jobs(db):
     return JobTable(db)
-
-
-def new(seq: int | None, kind: str = "forward_backward", model_id: str | None = "s:train:0", **values) -> NewJob:
-    return NewJob(kind=kind, base_model=BASE, payload=b"body", session_id="s", model_id=model_id, seq_id=seq, **values)
-
-
-def sample(seq: int | None, sampler_id: str | None = "s:sample:0", num_sequences: int = 1, **values) -> NewJob:
-    values = {"base_model": BASE, "session_id": "s"} | values
-    return NewJob(
-        kind="sample", payload=b"body", sampler_id=sampler_id, seq_id=seq, num_sequences=num_sequences, **values
-    )
-
-
-def ids(answers: list[Appended | InvalidInput]) -> list[int]:
-    assert all(isinstance(answer, Appended) for answer in answers), answers
-    return [answer.request_id for answer in answers]
 
 
 def model_row(model_id: str = "s:train:0") -> Model:
@@ -228,35 +210,6 @@ def test_a_cancelled_job_is_handed_to_the_engine_that_had_it_once(jobs):
     assert (jobs.get(training).status, jobs.get(done).status) == ("running", "done")
 
 
-def test_a_full_queue_refuses_new_samples_only(db):
-    jobs = JobTable(db, max_queued_samples=4)
-    first, second = ids(jobs.append([sample(0, num_sequences=3), sample(1)]))
-    jobs.claim(BASE, 1)
-    assert jobs.unfinished_sequences(BASE) == 4
-    refused, elsewhere, training, retried = jobs.append([sample(2), sample(3, base_model="other"), new(1), sample(0)])
-    assert isinstance(refused, Overloaded)
-    assert "4" in str(refused)
-    assert ids([elsewhere, training, retried])[2] == first, "a retry finds its request however full the queue is"
-    jobs.commit([Outcome(second, b"")])
-    accepted, refused = jobs.append([sample(2), sample(4)])
-    assert ids([accepted])[0] > second, "what was refused before left nothing behind"
-    assert isinstance(refused, Overloaded)
-    (huge,) = jobs.append([sample(5, num_sequences=5)])
-    assert isinstance(huge, InvalidInput), "it would be told to come back for ever"
-    assert jobs.unfinished_sequences(BASE) == 4
-
-
-def test_counting_the_queue_reads_one_index(sqlite_url):
-    """Rows hold payloads: a count that went through them would read them all, for every append."""
-    with open_database(sqlite_url).connect() as connection:
-        statement = (
-            "EXPLAIN QUERY PLAN SELECT sum(num_sequences) FROM job "
-            "WHERE status IN ('pending', 'running') AND base_model = 'm' AND num_sequences > 0"
-        )
-        steps = [row[3] for row in connection.exec_driver_sql(statement)]
-    assert any("COVERING INDEX ix_job_status_base_model" in step for step in steps), steps
-
-
 def test_completions_of_a_sampler_go_on_where_the_last_look_ended(db, jobs):
     mine = ids(jobs.append([sample(seq) for seq in range(4)]))
     (other,) = ids(jobs.append([sample(0, "s:sample:1")]))
@@ -353,57 +306,6 @@ def test_history_is_what_went_well_in_seq_order(jobs):
     assert [job.seq_id for job in jobs.history("s:train:0")] == [1, 3]
 
 
-def test_prune_keeps_what_a_recovery_needs_and_the_accounting(db, jobs):
-    """A checkpoint is no reason to let payloads go: its owner may delete it."""
-    requests = ids(
-        jobs.append([new(1), new(2), new(3), NewJob(kind="sample", base_model=BASE, payload=b"p", tokens_in=5), new(4)])
-    )
-    jobs.commit([Outcome(request, b"r", tokens_out=2) for request in requests[:4]])
-    with writing(db) as session:
-        session.add(
-            Checkpoint(
-                model_id="s:train:0",
-                kind="weights",
-                name="a",
-                folder="f",
-                size_bytes=1,
-                created_at=0.0,
-                seq_id=2,
-                has_optimizer=True,
-            )
-        )
-        session.add_all(
-            RecoveryPoint(model_id="s:train:0", seq_id=seq, base_model=BASE, size_bytes=1, created_at=0.0)
-            for seq in (1, 2)
-        )
-    assert jobs.prune(before=now() - 60) == 0
-    jobs.prune(before=now() + 60)
-    rows = [jobs.get(request) for request in requests]
-    assert [row.result for row in rows] == [None] * 5
-    assert [row.payload for row in rows] == [None, b"body", b"body", None, b"body"]
-    assert (rows[3].tokens_in, rows[3].tokens_out, rows[3].status) == (5, 2, "done")
-
-
-def test_prune_takes_all_of_a_session_that_is_long_over_and_has_nothing_left_to_do(db, jobs):
-    done, waits = ids(jobs.append([new(1), new(2)]))
-    jobs.commit([Outcome(done, b"r")])
-    with writing(db) as session:
-        session.add(Session(session_id="s", created_at=0.0, heartbeat_at=0.0, finished_at=now()))
-
-    def prune() -> bytes | None:
-        jobs.prune(before=now() + 60)
-        return jobs.get(done).payload
-
-    assert prune() == b"body", "what waits may need it"
-    jobs.commit([Outcome(waits, b"r")])
-    with writing(db) as session:
-        session.get(Session, "s").finished_at = now() + 3600
-    assert prune() == b"body", "it has only just finished"
-    with writing(db) as session:
-        session.get(Session, "s").finished_at = now()
-    assert prune() is None
-
-
 def test_verbs_announce_to_another_process(database_url, db):
     signal, other = ChangeSignal(database_url), ChangeSignal(database_url)
     jobs = JobTable(db, other)
@@ -421,21 +323,3 @@ def test_request_ids_grow_and_are_never_reused(db, jobs):
     with writing(db) as session:
         session.delete(session.get(Job, first))
     assert ids(jobs.append([new(1)]))[0] > first
-
-
-def test_retention_keeps_the_database_small(sqlite_url, tmp_path):
-    """Many rounds of work, each pruned: the file grows by the rows' accounting, not by what they carried."""
-    database = open_database(sqlite_url)
-    table = JobTable(database)
-    sizes, body = [], bytes(20_000)
-    for number in range(6):
-        asks = [replace(sample(100 * number + n), payload=body) for n in range(100)]
-        requests = ids(table.append(asks))
-        table.commit([Outcome(request, body) for request in requests])
-        table.prune(before=now() + 60)
-        sizes.append((tmp_path / "tx.db").stat().st_size)
-    carried = 100 * 2 * len(body)
-    # Pages that pruning frees are taken again, but for one per row that was large: SQLite doesn't merge what is left.
-    assert sizes[-1] - sizes[0] < 5 * 100 * 5000, sizes
-    assert sizes[-1] < 2 * carried, sizes
-    database.dispose()

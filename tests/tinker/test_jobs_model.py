@@ -28,6 +28,7 @@ from sqlmodel import select
 from tx.errors import InvalidInput, ModelLost, NotFound, Overloaded
 from tx.tinker.db import Cancellation, Checkpoint, Job, RecoveryPoint, Sampler, now, open_database, reading, writing
 from tx.tinker.jobs import CANCELLED, JOB_KINDS, Appended, JobTable, NewJob, Outcome
+from tx.tinker.pruning import prune
 from tx.tinker.recovery import ORIGINS, Replay, plan_replay
 
 BASES = ("org/base", "org/other")
@@ -272,7 +273,7 @@ class JobTableMachine(RuleBasedStateMachine):
         now_tick = self.reference.tick
         tick = data.draw(st.just(now_tick) | st.integers(0, now_tick), label="before tick")
         before = [self._replays(owner) for owner in MODELS]
-        self.jobs.prune(self.marks[tick])
+        prune(self.db, self.marks[tick])
         assert [self._replays(owner) for owner in MODELS] == before
         with reading(self.db) as session:
             kept = dict(session.connection().execute(select_columns(Job.request_id, Job.payload.is_not(None))).all())

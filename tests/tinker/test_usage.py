@@ -6,7 +6,7 @@ import pytest
 
 from tx.tinker import usage
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, open_database, writing
-from tx.tinker.jobs import JobTable
+from tx.tinker.pruning import prune
 from tx.tinker.usage import HOUR_S, Prices
 
 T0 = 500_000 * HOUR_S
@@ -98,7 +98,7 @@ def test_usage_outlives_payloads_and_results(db):
     store(db, job("forward_backward", T0 + 1, tokens_in=100, payload=b"p", result=b"r", seq_id=1))
     store(db, job("sample", T0 + 1, model_id=None, tokens_in=9, tokens_out=8, payload=b"p", result=b"r"))
     before = found(db)
-    assert JobTable(db).prune(T0 + HOUR_S) == 3
+    assert prune(db, T0 + HOUR_S) == 3
     assert (
         found(db)
         == before

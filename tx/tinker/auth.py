@@ -27,8 +27,8 @@ from typing import Any
 from sqlalchemy.engine import Engine as Database
 
 from tx.errors import InvalidInput, Overloaded, StartupError, Unauthorized
+from tx.tinker.admission import Share
 from tx.tinker.db import LOCAL, now
-from tx.tinker.jobs import Share
 from tx.tinker.keys import Key, hash_of, read_keys
 from tx.tinker.signing import shared_key
 

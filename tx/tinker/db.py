@@ -11,11 +11,22 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, UniqueConstraint, create_engine, event, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    CursorResult,
+    Index,
+    LargeBinary,
+    UniqueConstraint,
+    create_engine,
+    event,
+    text,
+)
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
@@ -38,6 +49,13 @@ MAX_CONNECTIONS = 64
 
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """What is raised while the database can't be reached or can't be written: nobody's request is to blame."""
+
+
+UNFINISHED = ("pending", "running")
+"""Values of ``Job.status`` that are not final."""
+
+_IDS_PER_QUERY = 500
+"""SQLite bounds the variables of one statement."""
 
 
 class Session(SQLModel, table=True):
@@ -290,6 +308,19 @@ def writing(db: Database) -> Iterator[DbSession]:
     with _turn_to_write(db), DbSession(db.execution_options(tx_write=True), expire_on_commit=False) as session:
         yield session
         session.commit()
+
+
+def num_changed(session: DbSession, statement: Any) -> int:
+    """Execute an update or delete; how many rows it changed. Objects of the session don't notice."""
+    done = session.exec(statement.execution_options(synchronize_session=False))
+    return cast("CursorResult[Any]", done).rowcount
+
+
+def chunks[Id: (int, str)](ids: Collection[Id]) -> Iterator[list[Id]]:
+    """All of these in order, as many at a time as one statement may name."""
+    ordered = sorted(ids)
+    for start in range(0, len(ordered), _IDS_PER_QUERY):
+        yield ordered[start : start + _IDS_PER_QUERY]
 
 
 @contextlib.contextmanager

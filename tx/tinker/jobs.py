@@ -1,4 +1,4 @@
-"""The log of jobs: append, claim, start, commit, fail, requeue, cancel, prune. Every verb that changes a job is here.
+"""The log of jobs: append, claim, start, commit, fail, requeue, cancel. Every verb that changes a job's status is here.
 
 ::
 
@@ -15,12 +15,12 @@ job that an engine had is also listed in ``Cancellation``, from where that engin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, cast
 
-from sqlalchemy import CursorResult, and_, bindparam, case, delete, func, insert, or_, text, update
+from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, text, update
 from sqlalchemy import select as select_columns
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Engine as Database
@@ -30,7 +30,20 @@ from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.db import Cancellation, Job, Model, RecoveryPoint, Sampler, Session, now, reading, writing
+from tx.tinker.admission import Admission, Share, unfinished_sequences
+from tx.tinker.db import (
+    UNFINISHED,
+    Cancellation,
+    Job,
+    Model,
+    Sampler,
+    Session,
+    chunks,
+    now,
+    num_changed,
+    reading,
+    writing,
+)
 from tx.tinker.notify import ChangeSignal, Topic
 
 JOB_KINDS = (
@@ -51,21 +64,8 @@ Category = Literal["user", "server"]
 
 CANCELLED = "Cancelled by the client."
 
-_UNFINISHED = ("pending", "running")
-
-_IDS_PER_QUERY = 500
-"""SQLite bounds the variables of one statement."""
-
 _FINISH_LOCK = 0x7478_0002
 """Key of the PostgreSQL advisory lock under which jobs finish, so that ``finish_seq`` is the order of the commits."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of the queue: at most so many unfinished sequences of one owner."""
-
-    owner: str
-    max_sequences: int
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class JobTable:
         for attempt in range(5):
             try:
                 with writing(self._db) as session:
-                    queue = _Queue(session, self._max_queued)
-                    answers = [_append_one(session, job, queue) for job in jobs]
+                    admission = Admission(session, self._max_queued)
+                    answers = [_append_one(session, job, admission) for job in jobs]
                 break
             except IntegrityError:
                 # Another API process appended the same request between our look and our insert: look again.
@@ -201,7 +201,7 @@ class JobTable:
     def cancel(self, *request_ids: int, error: str = CANCELLED) -> int:
         """Fail those that can still be cancelled (see the module's docstring); how many that were."""
         count = 0
-        for chunk in _chunks(request_ids):
+        for chunk in chunks(request_ids):
             with writing(self._db) as session:
                 _take_turns(session)
                 count += sum(_cancel(session, request_id, error) for request_id in chunk)
@@ -212,14 +212,14 @@ class JobTable:
         """The jobs that were cancelled while the engine of this base model had them; each is handed out once."""
         with reading(self._db) as session:
             ids = list(session.connection().execute(_CANCELLED, {"base_model": base_model}).scalars())
-        for chunk in _chunks(ids):
+        for chunk in chunks(ids):
             with writing(self._db) as session:
                 session.exec(delete(Cancellation).where(col(Cancellation.request_id).in_(chunk)))
         return ids
 
     def start(self, request_ids: Collection[int]) -> None:
         """Note that the worker has these, so that their clients needn't be told that they wait."""
-        for chunk in _chunks(request_ids):
+        for chunk in chunks(request_ids):
             with writing(self._db) as session:
                 running = update(Job).where(col(Job.request_id).in_(chunk), col(Job.status) == "running")
                 session.exec(running.values(started_at=now()))
@@ -227,11 +227,11 @@ class JobTable:
     def requeue(self, base_model: str, suspects: Collection[int] = ()) -> int:
         """Put the running jobs of a dead engine back; how many there were. ``suspects`` were there when it died."""
         with writing(self._db) as session:
-            for chunk in _chunks(suspects):
+            for chunk in chunks(suspects):
                 there = update(Job).where(col(Job.request_id).in_(chunk), col(Job.status) == "running")
                 session.exec(there.values(attempts=col(Job.attempts) + 1))
             statement = update(Job).where(col(Job.status) == "running", col(Job.base_model) == base_model)
-            count = _rows(session, statement.values(status="pending", claimed_at=None, started_at=None))
+            count = num_changed(session, statement.values(status="pending", claimed_at=None, started_at=None))
         self._announce("appended")
         return count
 
@@ -239,7 +239,7 @@ class JobTable:
         """Which of these are done or failed. Cheap: reads no payloads and no results."""
         found: set[int] = set()
         with reading(self._db) as session:
-            for chunk in _chunks(request_ids):
+            for chunk in chunks(request_ids):
                 found.update(session.connection().execute(_FINISHED, {"ids": chunk}).scalars())
         return found
 
@@ -252,13 +252,13 @@ class JobTable:
         """Whether nobody need wait for this one: it is done, failed, or was never there. Cheap as ``finished_ids``."""
         with self._db.connect() as connection:
             status = self._one(connection, _STATUS, request_id).scalar()
-        return status not in _UNFINISHED
+        return status not in UNFINISHED
 
     def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
         """Those of these jobs that are done or failed, with their results."""
         found: dict[int, Job] = {}
         with reading(self._db) as session:
-            for chunk in _chunks(request_ids):
+            for chunk in chunks(request_ids):
                 query = select(Job).where(col(Job.request_id).in_(chunk), col(Job.status).in_(("done", "failed")))
                 found.update({cast(int, job.request_id): job for job in session.exec(query).all()})
         return found
@@ -292,7 +292,7 @@ class JobTable:
         last = select(func.max(Job.finish_seq)).where(col(Job.sampler_id) == col(Sampler.sampler_id)).correlate(Sampler)
         found: dict[str, int] = {}
         with reading(self._db) as session:
-            for chunk in _chunks(sampler_ids):
+            for chunk in chunks(sampler_ids):
                 query = select(Sampler.sampler_id, last.scalar_subquery()).where(col(Sampler.sampler_id).in_(chunk))
                 found.update({sampler_id: seq or 0 for sampler_id, seq in session.exec(query).all()})
         return found
@@ -300,12 +300,12 @@ class JobTable:
     def unfinished_sequences(self, base_model: str) -> int:
         """How many sequences of this base model wait or decode. Reads one index."""
         with reading(self._db) as session:
-            return _unfinished_sequences(session, base_model)
+            return unfinished_sequences(session, base_model)
 
     def unfinished_samples(self, session_id: str) -> list[int]:
         """The samples of a session that are neither done nor failed."""
         query = select(Job.request_id).where(
-            Job.kind == "sample", Job.session_id == session_id, col(Job.status).in_(_UNFINISHED)
+            Job.kind == "sample", Job.session_id == session_id, col(Job.status).in_(UNFINISHED)
         )
         with reading(self._db) as session:
             return cast(list[int], list(session.exec(query).all()))
@@ -318,7 +318,7 @@ class JobTable:
             .join(Session, col(Session.session_id) == col(Job.session_id))
             .where(
                 Job.kind == "sample",
-                col(Job.status).in_(_UNFINISHED),
+                col(Job.status).in_(UNFINISHED),
                 or_(col(Session.finished_at).is_not(None), silent),
             )
         )
@@ -334,60 +334,7 @@ class JobTable:
     def num_pending(self) -> int:
         """How many jobs are neither done nor failed."""
         with reading(self._db) as session:
-            return session.exec(select(func.count()).select_from(Job).where(col(Job.status).in_(_UNFINISHED))).one()
-
-    def prune(self, before: float) -> int:
-        """Empty results of jobs finished before then, and payloads that no recovery needs; rows stay.
-
-        Payloads of a model up to the seq of a recovery point which has a newer one behind it are free to go; without
-        such a point all are needed, until the model's session has been finished for as long and has nothing left to do.
-        Checkpoints don't count: their owner may delete them, or let them expire, whenever he likes. A load that may be
-        replayed keeps its result, which tells whether its path still has the same weights.
-        """
-        finished = (col(Job.status).in_(("done", "failed")), col(Job.finished_at) < before)
-        unfinished = aliased(Job)
-        over = (
-            select(col(Session.session_id))
-            .where(Session.session_id == Job.session_id, col(Session.finished_at) < before)
-            .where(
-                ~select(unfinished.request_id)
-                .where(unfinished.session_id == Session.session_id, col(unfinished.status).in_(_UNFINISHED))
-                .correlate(Session)
-                .exists()
-            )
-            .correlate(Job)
-            .exists()
-        )
-        newer = aliased(RecoveryPoint)
-        superseded = (
-            select(func.max(RecoveryPoint.seq_id))
-            .where(RecoveryPoint.model_id == Job.model_id)
-            .where(
-                select(newer.seq_id)
-                .where(col(newer.model_id) == Job.model_id, col(newer.seq_id) > col(RecoveryPoint.seq_id))
-                .correlate(Job, RecoveryPoint)
-                .exists()
-            )
-            .correlate(Job)
-            .scalar_subquery()
-        )
-        needless = or_(
-            col(Job.model_id).is_(None),
-            col(Job.status) == "failed",
-            col(Job.seq_id) <= superseded,
-            over,
-        )
-        has_result = and_(col(Job.result).is_not(None), or_(col(Job.kind) != "load_weights", needless))
-        has_payload = and_(col(Job.payload).is_not(None), needless)
-        with reading(self._db) as session:  # the whole table is looked at, so nobody may have to wait for it
-            ids = session.exec(select(Job.request_id).where(*finished, or_(has_result, has_payload))).all()
-        results = payloads = 0
-        for chunk in _chunks(cast(list[int], ids)):
-            these = col(Job.request_id).in_(chunk)
-            with writing(self._db) as session:  # asked again: what a recovery starts from may have gone meanwhile
-                results += _rows(session, update(Job).where(these, *finished, has_result).values(result=None))
-                payloads += _rows(session, update(Job).where(these, *finished, has_payload).values(payload=None))
-        return results + payloads
+            return session.exec(select(func.count()).select_from(Job).where(col(Job.status).in_(UNFINISHED))).one()
 
     def _announce(self, *topics: Topic) -> None:
         if self._signal is not None:
@@ -469,70 +416,7 @@ _FINISH = _finish_statement()
 """Sets also the columns that it is given values of."""
 
 
-class _Queue:
-    """Room for samples in one transaction: the queue is counted once, and only if a new sample asks."""
-
-    def __init__(self, session: DbSession, limit: int | None) -> None:
-        self._session = session
-        self._limit = limit
-        self._counts: dict[str, int] = {}
-        self._shares: dict[str, int] = {}  # by owner
-
-    def admit(self, new: NewJob) -> Overloaded | InvalidInput | None:
-        """Count a sample in, or say why not."""
-        return self._refusal_of_share(new) or self._refusal_of_queue(new)
-
-    def _refusal_of_share(self, new: NewJob) -> Overloaded | InvalidInput | None:
-        share = new.share
-        if share is None or not new.num_sequences:
-            return None
-        if new.num_sequences > share.max_sequences:
-            return InvalidInput("num_samples", new.num_sequences, f"at most {share.max_sequences} with this API key")
-        if share.owner not in self._shares:
-            self._shares[share.owner] = _sequences_of_owner(self._session, share.owner)
-        queued = self._shares[share.owner]
-        if queued + new.num_sequences > share.max_sequences:
-            return Overloaded(
-                f"{queued} sequences of this API key wait or decode and it may have {share.max_sequences}; "
-                "send the request again in a second."
-            )
-        self._shares[share.owner] += new.num_sequences
-        return None
-
-    def _refusal_of_queue(self, new: NewJob) -> Overloaded | InvalidInput | None:
-        if self._limit is None or not new.num_sequences:
-            return None
-        if new.num_sequences > self._limit:
-            return InvalidInput("num_samples", new.num_sequences, f"at most {self._limit} (--max-queued-samples)")
-        if new.base_model not in self._counts:
-            self._counts[new.base_model] = _unfinished_sequences(self._session, new.base_model)
-        queued = self._counts[new.base_model]
-        if queued + new.num_sequences > self._limit:
-            return Overloaded(
-                f"{queued} sequences wait or decode and this server takes {self._limit} (--max-queued-samples); "
-                "send the request again in a second."
-            )
-        self._counts[new.base_model] += new.num_sequences
-        return None
-
-
-def _unfinished_sequences(session: DbSession, base_model: str) -> int:
-    query = select(func.sum(Job.num_sequences)).where(
-        col(Job.status).in_(_UNFINISHED), Job.base_model == base_model, col(Job.num_sequences) > 0
-    )
-    return int(session.exec(query).one() or 0)
-
-
-def _sequences_of_owner(session: DbSession, owner: str) -> int:
-    query = (
-        select(func.sum(Job.num_sequences))
-        .join(Session, col(Session.session_id) == col(Job.session_id))
-        .where(col(Job.status).in_(_UNFINISHED), col(Job.num_sequences) > 0, Session.owner == owner)
-    )
-    return int(session.exec(query).one() or 0)
-
-
-def _append_one(session: DbSession, new: NewJob, queue: _Queue) -> Appended | InvalidInput | Overloaded:
+def _append_one(session: DbSession, new: NewJob, admission: Admission) -> Appended | InvalidInput | Overloaded:
     first = _first_row(session, new)
     if first is not None:
         if first.kind != new.kind:
@@ -540,7 +424,7 @@ def _append_one(session: DbSession, new: NewJob, queue: _Queue) -> Appended | In
         if first.fingerprint != new.fingerprint:
             return InvalidInput("seq_id", new.seq_id, f"a new one: it is taken by a different {first.kind} request")
         return Appended(cast(int, first.request_id), created=False)
-    refusal = queue.admit(new)
+    refusal = admission.admit(new.base_model, new.num_sequences, new.share)
     if refusal is not None:
         return refusal
     for row in new.rows:
@@ -578,7 +462,7 @@ def _take_turns(session: DbSession) -> None:
         session.connection().execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _FINISH_LOCK})
 
 
-def _finish(session: DbSession, request_id: int, still: tuple[str, ...] = _UNFINISHED, **values: Any) -> bool:
+def _finish(session: DbSession, request_id: int, still: tuple[str, ...] = UNFINISHED, **values: Any) -> bool:
     given = {"id": request_id, "still": still, "finished_at": now(), **values}
     return session.connection().execute(_FINISH, given).rowcount == 1
 
@@ -590,19 +474,9 @@ def _cancel(session: DbSession, request_id: int, error: str) -> bool:
     if found is None:
         return False
     kind, status, base_model = found
-    still = _UNFINISHED if kind == "sample" else ("pending",)
+    still = UNFINISHED if kind == "sample" else ("pending",)
     if not _finish(session, request_id, still, status="failed", error=error, category="user"):
         return False
     if status == "running":
         session.merge(Cancellation(request_id=request_id, base_model=base_model))
     return True
-
-
-def _rows(session: DbSession, statement: Any) -> int:
-    return cast("CursorResult[Any]", session.exec(statement.execution_options(synchronize_session=False))).rowcount
-
-
-def _chunks[Id: (int, str)](ids: Collection[Id]) -> Iterable[list[Id]]:
-    ordered = sorted(ids)
-    for start in range(0, len(ordered), _IDS_PER_QUERY):
-        yield ordered[start : start + _IDS_PER_QUERY]

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlmodel import col, select
 
 from tx.errors import StorageError
-from tx.tinker import recordings, uptime
+from tx.tinker import pruning, recordings, uptime
 from tx.tinker.auth import ANYBODY, Auth, Caller
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.checkpoints import CheckpointFolders
@@ -265,7 +265,7 @@ class Service:
 
     def sweep(self) -> None:
         """Housekeeping: what is past its time goes. Rows first: a folder without a row is only wasted space."""
-        self.jobs.prune(self._ages.before(KEEP_RESULTS_S))
+        pruning.prune(self.db, self._ages.before(KEEP_RESULTS_S))
         recordings.prune(self.db, self._ages.before(recordings.KEPT_S))
         for checkpoint in self.checkpoints.expire():
             self.remove_folder(checkpoint)

@@ -11,6 +11,7 @@ import pytest
 from tx.tinker import service as service_module
 from tx.tinker.db import now
 from tx.tinker.jobs import Outcome
+from tx.tinker.pruning import prune
 from tx.tinker.service import HOLD_S
 
 CANCELLED = "Cancelled by the client."
@@ -63,7 +64,7 @@ def test_an_answer_can_be_fetched_again(client, pending):
 
 def test_a_pruned_answer_is_gone_and_says_so(client, pending):
     client.service.jobs.commit([Outcome(int(pending["request_id"]), json.dumps(ANSWER).encode())])
-    client.service.jobs.prune(now() + 1)
+    prune(client.service.db, now() + 1)
     reply = client.post("retrieve_future", json={"request_id": pending["request_id"]})
     assert reply.status_code == 410
     assert "pruned" in reply.json()["detail"]
