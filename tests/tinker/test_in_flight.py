@@ -27,6 +27,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     flight.close()
 
 
+def test_nobody_is_suspected_when_somebody_killed_the_engine(tmp_path):
+    InFlight(tmp_path / "f").set([1])
+    assert InFlight(tmp_path / "f", blameless=True).suspects == frozenset()
+    assert InFlight(tmp_path / "f").suspects == frozenset(), "nor later"
+
+
 def test_a_process_that_stops_in_order_leaves_nothing(tmp_path):
     flight = InFlight(tmp_path / "f")
     flight.set([1, 2])

@@ -65,6 +65,22 @@ def test_a_dead_engine_is_started_again(supervise, trace):
     assert (supervisor.pid, supervisor.restarts, supervisor.failure) == (second, 1, None)
 
 
+@pytest.mark.parametrize(
+    ("death", "told"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", "killed"), ("os.abort()", "no"), ("sys.exit(1)", "no")],
+)
+def test_the_next_one_knows_whether_somebody_killed_the_last(supervise, trace, death, told):
+    script = f"""
+import os, signal, sys
+from tx.tinker.supervisor import was_killed
+open(sys.argv[1], "a").write("killed " if was_killed() else "no ")
+{death}
+"""
+    supervise(script).start()
+    first, second = wait_for(lambda: lines(trace)[1:] and lines(trace))[:2]
+    assert (first, second) == ("no", told)
+
+
 def test_stop_ends_the_engine_and_starts_no_other(supervise, trace):
     supervisor = supervise(LIVES)
     supervisor.start()

@@ -47,7 +47,7 @@ from tx.tinker.rebuild import Rebuilds
 from tx.tinker.recovery_points import SILENT_S, RecoveryPoints
 from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
-from tx.tinker.supervisor import say_ready
+from tx.tinker.supervisor import say_ready, was_killed
 from tx.tinker.uptime import Uptime
 from tx.tinker.work import KIND_OF_SAVE, Work, Writing, made_sampler
 from tx.types import Finished
@@ -505,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ready.worker,
                 ready.folders,
                 RecoveryPoints(ready.db, config.recovery_folder, config.base_model_name, ready.worker.export_model),
-                InFlight(config.recovery_folder / "in-flight"),
+                InFlight(config.recovery_folder / "in-flight", blameless=was_killed()),
                 config.base_model_name,
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
                 ages=Uptime(config.recovery_folder / "uptime", settle_s=uptime.SETTLE_S),

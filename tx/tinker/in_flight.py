@@ -20,10 +20,14 @@ _COUNT = struct.Struct("<q")
 
 
 class InFlight:
-    """One engine's file; made when needed. A file system that fails costs only the knowledge."""
+    """One engine's file; made when needed. A file system that fails costs only the knowledge.
 
-    def __init__(self, file: Path) -> None:
-        self.suspects = _read(file)
+    Args:
+        blameless: what the previous engine had is not to blame for its end: somebody killed it.
+    """
+
+    def __init__(self, file: Path, *, blameless: bool = False) -> None:
+        self.suspects = frozenset() if blameless else _read(file)
         """What the previous engine had when it ended, if it crashed."""
         self._descriptor: int | None = None
         try:

@@ -2,7 +2,8 @@
 
 The child holds the read end of a pipe whose write end only this process has: when this process dies, however it dies,
 the child reads end-of-file and exits, so there are no orphans. What it is to know meanwhile comes through the same
-pipe, a line each. Through a second pipe the child says that it is ready.
+pipe, a line each. Through a second pipe the child says that it is ready. A child that follows one which was killed
+(SIGKILL, and not by a kernel out of memory) is told so.
 
 An engine that dies again and again before it is of use is a failure that ``/healthz`` tells of. It is still started
 again, once a minute: whatever keeps it down (a full disk, a database that is away) may go.
@@ -13,11 +14,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,9 @@ PARENT_FD = "TX_PARENT_FD"
 
 READY_FD = "TX_READY_FD"
 """Environment variable with the number of a pipe's write end: a byte says that the child is ready."""
+
+KILLED = "TX_KILLED"
+"""Environment variable of a child whose predecessor somebody killed, so that nothing that it did is to blame."""
 
 EXIT_STARTUP = 2
 """The child said in one sentence why it can't start; starting it again would not help."""
@@ -130,17 +137,17 @@ class Supervisor:
             with contextlib.suppress(OSError):  # it is dead, or has not read for very long
                 os.write(self._process_pipes[0], line + b"\n")
 
-    def _spawn(self) -> None:
+    def _spawn(self, killed: bool = False) -> None:
         read_end, write_end = os.pipe()
         ready_read, ready_write = os.pipe()
         try:
             with self._lock:
                 if self._stopping.is_set():
                     return
-                pipes = {PARENT_FD: str(read_end), READY_FD: str(ready_write)}
+                told = {PARENT_FD: str(read_end), READY_FD: str(ready_write), KILLED: "1" if killed else ""}
                 self._process = subprocess.Popen(
                     self._argv,
-                    env=os.environ | self._environ | pipes,
+                    env=os.environ | self._environ | told,
                     pass_fds=(read_end, ready_write, *self._pass_fds),
                     stdin=subprocess.DEVNULL,
                     # Ctrl-C in the terminal reaches only this process, which then stops the others in order.
@@ -159,6 +166,7 @@ class Supervisor:
     def _watch(self) -> None:
         backoff_s, deaths = self._first_backoff_s, 0
         while self._process is not None:
+            num_oom_kills = _num_oom_kills()
             ready_at, code = self._await_death(self._process)
             if self._stopping.is_set():
                 return
@@ -182,7 +190,7 @@ class Supervisor:
                 return
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
             self.restarts += 1
-            self._spawn()
+            self._spawn(killed=code == -signal.SIGKILL and num_oom_kills == _num_oom_kills() != -1)
 
     def _await_death(self, process: subprocess.Popen[bytes]) -> tuple[float | None, int]:
         """When the engine got ready, if it did, and its exit code."""
@@ -199,6 +207,20 @@ class Supervisor:
             os.close(parent_pipe)
             os.close(ready_pipe)
         return ready_at, code
+
+
+def _num_oom_kills() -> int:
+    """How many processes this kernel has killed for want of memory; -1 if it doesn't say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1])
+    return -1
+
+
+def was_killed() -> bool:
+    """In a supervised process: whether the one before it was killed by somebody, for no fault of its own."""
+    return bool(os.environ.get(KILLED))
 
 
 def say_ready() -> None:
