@@ -8,7 +8,7 @@ import threading
 import pytest
 import uvicorn
 
-from tx.tinker import api, slow_clients
+from tx.tinker import gate, slow_clients
 from tx.tinker.api import create_app
 from tx.tinker.slow_clients import BODY_S, MIN_BODY_BYTES_PER_S, Connection, body_deadline
 
@@ -83,6 +83,6 @@ def test_who_waits_for_an_answer_is_left_alone(address, monkeypatch, client):
 
 def test_a_body_has_time_for_its_length_and_not_for_drops():
     assert body_deadline(5.0, 0) == 5.0 + BODY_S
-    largest = api.MAX_BODY_BYTES
+    largest = gate.MAX_BODY_BYTES
     assert body_deadline(0.0, largest) == BODY_S + largest / MIN_BODY_BYTES_PER_S
     assert body_deadline(0.0, 60) < BODY_S + 1  # a byte per second for a minute buys no second

@@ -15,37 +15,22 @@ import resource
 import signal
 import socket
 import sys
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
 
 from tx import __version__
 from tx.errors import (
-    Forbidden,
-    InvalidInput,
-    NotFound,
-    Overloaded,
     StartupError,
-    TooLarge,
-    TooSlow,
-    TxError,
-    Unauthorized,
 )
-from tx.tinker import api_workers, openapi
-from tx.tinker.auth import ANYBODY, KeyRing
+from tx.tinker import api_workers, http_errors, openapi
+from tx.tinker.auth import KeyRing
 from tx.tinker.config import TxConfig, fail, parse_args
 from tx.tinker.db import open_database
+from tx.tinker.gate import PREFIX, Gate, statuses_at_the_gate
 from tx.tinker.metrics import Metrics
 from tx.tinker.routes import (
     admin,
@@ -61,46 +46,18 @@ from tx.tinker.routes import (
     weights,
 )
 from tx.tinker.service import Service, service_of
-from tx.tinker.slow_clients import Connection, body_deadline
+from tx.tinker.slow_clients import Connection
 from tx.tinker.supervisor import Supervisor, engine_command, say_ready
 from tx.utils.log import set_up
 
 log = logging.getLogger(__name__)
 
-PREFIX = "/api/v1"
 ROUTERS = (service, sessions, models, training, weights, sampling, futures, runs, checkpoints, files, admin)
-MAX_BODY_BYTES = 64 * 2**20
-_DRAIN_BYTES = 2**30
-"""How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
-
 _SPARE_FILES = 256
 """Descriptors that are not for connections: the database, files on their way out, the engine's pipes."""
 
-_OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/files/")
-"""Paths that need no API key: one whole, and all that begin like the other, whose URLs are signed."""
-
-_UNCOUNTED = f"{PREFIX}/session_heartbeat"
-"""Never refused for its key's rate: a client that is told to wait is not one that has died."""
-
-_NO_NUL = "text without NUL characters"
-
 _SWEEP_S = 300.0
 _LOOK_FOR_ABANDONED_S = 10.0
-
-STATUS: dict[type[Exception], int] = {
-    NotFound: 404,
-    TooLarge: 413,
-    InvalidInput: 400,
-    Unauthorized: 401,
-    Forbidden: 403,
-    TooSlow: 408,
-    Overloaded: 429,
-    TxError: 500,
-    PoolTimeout: 503,
-    DBAPIError: 503,
-}
-"""Errors to HTTP, the first class that fits. Never 409: clients retry it for minutes (protocol §1.6)."""
-
 
 _KEEP_ALIVE_S = 30
 """Longer than a client's heartbeats are apart: each would find its connection closed, or closing."""
@@ -141,163 +98,10 @@ def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
     app.state.service = service_
     for module in ROUTERS:
         app.include_router(module.router, prefix=PREFIX, tags=[openapi.tag_of(module)])
-    openapi.publish(app, ROUTERS, PREFIX, service_of, _statuses_at_the_gate)
-    for kind in STATUS:
-        app.add_exception_handler(kind, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(_Gate, service=service_)
+    openapi.publish(app, ROUTERS, PREFIX, service_of, statuses_at_the_gate)
+    http_errors.handle_in(app)
+    app.add_middleware(Gate, service=service_)
     return app
-
-
-def status_of(error: Exception) -> int:
-    """HTTP status of an exception."""
-    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
-
-
-async def _on_error(_request: Request, error: Exception) -> JSONResponse:
-    status = status_of(error)
-    if isinstance(error, TxError):
-        return _reply(status, str(error), _headers_of(error))
-    log.warning("Database: %s", error)
-    return _reply(status, "The database is not available at the moment; try again.")
-
-
-def _headers_of(error: TxError) -> dict[str, str] | None:
-    if isinstance(error, Overloaded):
-        return {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, Unauthorized) and error.invalid_token:
-        return {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # clients get a new one and ask again
-    return {"Connection": "close"} if isinstance(error, TooSlow) else None
-
-
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return _reply(422, str(InvalidInput(str(first["loc"][-1]), first.get("input"), first["msg"])))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    detail = str(error.detail)
-    if error.status_code in (404, 405):
-        detail = f"{detail}: {request.method} {request.url.path} is not served here."
-    return _reply(error.status_code, detail)
-
-
-def _reply(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": detail or "No details."}, status_code=status, headers=headers)
-
-
-_IN_TURNS = {f"{PREFIX}/{name}" for name in ("asample", "forward_backward", "forward", "optim_step", "retrieve_future")}
-"""Routes whose requests come by the thousand at once."""
-
-
-class _Gate:
-    """Around everything: who asks, what no address and no body may be, turns, an answer for the unforeseen, a count."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, status = time.monotonic(), 0
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            try:
-                self._admit(scope)
-                _check_address(scope)
-            except (Unauthorized, Overloaded, InvalidInput):
-                await _read_body(receive, keep=False)  # who still writes would not read our answer
-                raise
-            body = await _read_body(receive)
-            async with self._service.turns if scope["path"] in _IN_TURNS else contextlib.nullcontext():
-                await self._app(scope, _replay(body, receive), counted_send)
-        except TxError as error:  # ours: those of the routes are answered inside
-            await _reply(status_of(error), str(error), _headers_of(error))(scope, receive, counted_send)
-        except Exception:
-            name = uuid.uuid4().hex[:8]
-            log.exception("Request %s %s failed [%s]", scope["method"], scope["path"], name)
-            if status == 0:
-                await _reply(500, f"Internal error {name}; the server's log has more.")(scope, receive, counted_send)
-        finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self._service.metrics.count("tx_http_requests_total", route=route, status=str(status))
-            self._service.metrics.observe("tx_http_request_seconds", time.monotonic() - started, route=route)
-
-    def _admit(self, scope: Scope) -> None:
-        """Find the caller and note him for the routes; raises Unauthorized or Overloaded."""
-        statuses, caller, auth = _statuses_at_the_gate(scope["path"]), ANYBODY, self._service.auth
-        if 401 in statuses:
-            caller = auth.caller(dict(scope["headers"]))
-        if 429 in statuses:
-            auth.count(caller)
-        scope.setdefault("state", {})["caller"] = caller
-
-
-def _statuses_at_the_gate(path: str) -> tuple[int, ...]:
-    """How a request may be refused for its key, or for the rate of that."""
-    if path == _OPEN[0] or path.startswith(_OPEN[1]):
-        return ()
-    return (401,) if path == _UNCOUNTED else (401, 429)
-
-
-def _check_address(scope: Scope) -> None:
-    """Refuse NUL characters wherever a parameter can be: PostgreSQL can't even be asked for them."""
-    if "\0" in scope["path"]:
-        raise InvalidInput("path", scope["path"], _NO_NUL)
-    if b"%00" in scope["query_string"] or b"\0" in scope["query_string"]:
-        raise InvalidInput("query", scope["query_string"].decode("latin-1"), _NO_NUL)
-    for name, value in scope["headers"]:
-        if b"\0" in value:
-            raise InvalidInput(name.decode("latin-1"), value.decode("latin-1"), _NO_NUL)
-
-
-async def _read_body(receive: Receive, *, keep: bool = True) -> bytes:
-    """The whole body. One past the limit is read on and thrown away: who still writes would not read our answer.
-
-    Raises:
-        TooLarge, TooSlow: there is too much of it, or it takes too long.
-    """
-    parts: list[bytes] = []
-    size, started = 0, asyncio.get_running_loop().time()
-    while True:
-        try:
-            async with asyncio.timeout_at(body_deadline(started, size)):
-                message = await receive()
-        except TimeoutError as error:
-            raise TooSlow(f"body: {size} bytes came in time, and then no more. Send it again, faster.") from error
-        if message["type"] != "http.request":
-            return b""  # the client hung up; nobody will see the answer
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= MAX_BODY_BYTES and keep:
-            parts.append(part)
-        else:
-            parts.clear()
-        if not message.get("more_body", False) or size > _DRAIN_BYTES:
-            break
-    if size > MAX_BODY_BYTES and keep:
-        raise TooLarge("body", f"{size} bytes", f"at most {MAX_BODY_BYTES} bytes")
-    return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return next_message
 
 
 async def _repeat(chore: Callable[[], object], every_s: float) -> None:
