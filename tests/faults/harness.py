@@ -84,11 +84,6 @@ class Faults:
         self._thread = threading.Thread(target=self._run, name="faults")
         self._thread.start()
 
-    @property
-    def done(self) -> bool:
-        """Whether all kills have fired."""
-        return not self._thread.is_alive()
-
     def stop(self) -> None:
         """No more kills; the server is up when this returns."""
         self._stop.set()
