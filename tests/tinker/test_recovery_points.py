@@ -10,6 +10,7 @@ import pytest
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, new_worker
 from tx.tinker.checkpoint_rows import CheckpointRows
 from tx.tinker.db import RecoveryPoint, Session, now, writing
+from tx.tinker.pruning import prune
 from tx.tinker.recovery_points import KEPT, MIN_TRAINED_S, SHARE, SILENT_S, RecoveryPoints
 from tx.tinker.uptime import Uptime
 from tx.types import LoraConfig, ModelState
@@ -222,7 +223,7 @@ def test_a_model_comes_back_without_the_checkpoint_that_it_was_saved_to(bench, g
     body_of(bench.run(client.do("save_weights", path="only"))[0])
     body_of(bench.run(client.train(2), client.step())[1])
     expected = state_of(bench, client)
-    bench.jobs.prune(now() + HOUR_S)
+    prune(bench.db, now() + HOUR_S)
     rows = CheckpointRows(bench.db)
     if goes == "deleted":
         gone = rows.delete(client.model_id, "weights/only")
