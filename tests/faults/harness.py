@@ -16,12 +16,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 from safetensors.numpy import load_file
-from sqlmodel import func, select
+from sqlmodel import col, func, select
 
 from tests.faults.client import Lost
 from tests.faults.tenants import Result, run_round
 from tests.support.server import Server
-from tx.tinker.db import Job, open_database, reading
+from tx.tinker.db import UNFINISHED, Job, open_database, reading
 from tx.tinker.wire.paths import parse_path
 
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
@@ -79,10 +79,15 @@ class Faults:
         self._rng = rng
         self._report = report
         self._stop = threading.Event()
+        self._last = time.monotonic()
         self._http = httpx.Client(timeout=5)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="faults")
         self._thread.start()
+
+    def last(self) -> float:
+        """When one last fired."""
+        return self._last
 
     def stop(self) -> None:
         """No more kills; the server is up when this returns."""
@@ -101,7 +106,12 @@ class Faults:
                 if kind.endswith("point") or self._rng.random() < 0.5:
                     self._await_ready()
                 self._stop.wait(self._rng.uniform(0.0, 1.0))
+                before = self._report.kills
                 self._one(kind)
+                if self._report.kills > before:
+                    self._last = time.monotonic()
+                self._revive()
+            while not self._stop.wait(0.1):  # who was killed last may not have died yet when we looked
                 self._revive()
         except BaseException as error:
             self.error = error
@@ -215,7 +225,10 @@ def run(
         while (before := report.kills) < kills:
             faults = Faults(server, faults_folder, kills, random.Random(f"{seed}/{report.rounds}"), report)
             try:
-                report.answers += run_round(server.url, STEPS, seed + report.rounds + 1, check)
+                report.answers += run_round(server.url, STEPS, seed + report.rounds + 1, check, faults.last)
+            except BaseException as error:
+                error.add_note(_state(server, database_url))
+                raise
             finally:
                 faults.stop()
             assert report.kills > before, "no fault fired in a whole round"
@@ -251,6 +264,16 @@ def compare(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, exac
         tolerance = next((size for moment, size in tolerances.items() if moment in name), TOLERANCE)
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=tolerance, err_msg=name)
     return equal
+
+
+def _state(server: Server, database_url: str | None) -> str:
+    """For whoever has to find out why: what is unfinished, and the end of the log."""
+    db = open_database(database_url or f"sqlite:///{server.folder / 'tx.db'}")
+    columns = (Job.request_id, Job.kind, Job.status, Job.model_id, Job.seq_id, Job.attempts)
+    with reading(db) as session:
+        unfinished = session.exec(select(*columns).where(col(Job.status).in_(UNFINISHED))).all()
+    db.dispose()
+    return "\n".join(["unfinished:", *map(str, unfinished), *server.log.read_text().splitlines()[-60:]])
 
 
 def _check_jobs(server: Server, database_url: str | None) -> int:

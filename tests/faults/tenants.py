@@ -25,8 +25,8 @@ class Tenant:
     rank: int
     exact: bool
 
-    def run(self, url: str, steps: int, rng: random.Random) -> Result:
-        client = Client(url, rng)
+    def run(self, url: str, steps: int, rng: random.Random, last_fault: Callable[[], float]) -> Result:
+        client = Client(url, rng, last_fault)
         model = Trainer(client, 0, self.seed, self.rank)
         model.create()
         losses: list[float] = []
@@ -89,11 +89,15 @@ TENANTS = (
 )
 
 
-def run_round(url: str, steps: int, seed: int, check: Callable[[Result], None]) -> int:
+def run_round(
+    url: str, steps: int, seed: int, check: Callable[[Result], None], last_fault: Callable[[], float] = lambda: 0.0
+) -> int:
     """All tenants side by side, each checked as it ends; how many answers they got."""
     with ThreadPoolExecutor(len(TENANTS)) as pool:
         rngs = [random.Random(f"{seed}/{tenant.seed}") for tenant in TENANTS]
-        running = [pool.submit(tenant.run, url, steps, rng) for tenant, rng in zip(TENANTS, rngs, strict=True)]
+        running = [
+            pool.submit(tenant.run, url, steps, rng, last_fault) for tenant, rng in zip(TENANTS, rngs, strict=True)
+        ]
         answers = 0
         for future in running:
             result = future.result()
