@@ -13,6 +13,7 @@ from tests.faults.harness import ADAPTER, OPTIMIZER, compare, run
 KILLS = 6
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_nothing_is_lost_or_done_twice(request, tmp_path: Path, tiny_qwen3: Path, database: str) -> None:
     url = request.getfixturevalue("postgres_url") if database == "postgresql" else None
