@@ -9,14 +9,14 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import numpy as np
 from safetensors.numpy import load_file
-from sqlmodel import col, func, select
+from sqlmodel import Session, col, func, select
 
 from tests.faults.client import Lost
 from tests.faults.tenants import Result, run_round
@@ -266,23 +266,27 @@ def compare(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, exac
     return equal
 
 
+@contextlib.contextmanager
+def _tables(server: Server, database_url: str | None) -> Iterator[Session]:
+    db = open_database(database_url or f"sqlite:///{server.folder / 'tx.db'}")
+    with reading(db) as session:
+        yield session
+    db.dispose()
+
+
 def _state(server: Server, database_url: str | None) -> str:
     """For whoever has to find out why: what is unfinished, and the end of the log."""
-    db = open_database(database_url or f"sqlite:///{server.folder / 'tx.db'}")
     columns = (Job.request_id, Job.kind, Job.status, Job.model_id, Job.seq_id, Job.attempts)
-    with reading(db) as session:
+    with _tables(server, database_url) as session:
         unfinished = session.exec(select(*columns).where(col(Job.status).in_(UNFINISHED))).all()
-    db.dispose()
     return "\n".join(["unfinished:", *map(str, unfinished), *server.log.read_text().splitlines()[-60:]])
 
 
 def _check_jobs(server: Server, database_url: str | None) -> int:
     """Every request has exactly one job, and every job has ended well; how many there are."""
-    db = open_database(database_url or f"sqlite:///{server.folder / 'tx.db'}")
-    with reading(db) as session:
+    with _tables(server, database_url) as session:
         counts = dict(session.exec(select(Job.status, func.count()).group_by(Job.status)).all())
         failed = session.exec(select(Job.kind, Job.error).where(Job.status == "failed").limit(3)).all()
-    db.dispose()
     if set(counts) != {"done"}:
         raise Lost(f"jobs: {counts}, {failed}")
     return counts["done"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 
+from tests.support.clocks import Clocks
 from tests.tinker.conftest import Client
 from tx.tinker import uptime
 from tx.tinker.checkpoints import CheckpointFolders
@@ -107,18 +106,6 @@ def test_silence_counts_from_when_we_could_hear(service, client):
     assert late.cancel_abandoned() == 0, "it has only just started: heartbeats could not reach it before"
     assert service.jobs.get(int(sample["request_id"])).status == "pending"
     late.close()
-
-
-@dataclass
-class Clocks:
-    """The wall clock, which a test may put forward or back, and one that only goes on."""
-
-    wall: float = field(default_factory=now)
-    steady: float = 100.0
-
-    def go_on(self, seconds: float) -> None:
-        self.wall += seconds
-        self.steady += seconds
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ def model_of_owner(model_id: Any, owner: str | None) -> ColumnElement[bool]:
     """Condition: the model that this column names is the owner's."""
     if owner is None:
         return true()
-    sessions = select(Session.session_id).where(Session.owner == owner)
-    return col(model_id).in_(select(Model.model_id).where(col(Model.session_id).in_(sessions)))
+    return col(model_id).in_(select(Model.model_id).where(session_of_owner(Model.session_id, owner)))
 
 
 def idempotency_key(owner: str | None, key: str | None) -> str | None:
