@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
+from tests import inject
 from tests.support.server import Server
 from tests.support.tenant import Outcome, Tenant, good_datum
 from tx.tinker.wire import tinker_pb2
@@ -120,12 +121,10 @@ def test_leaps_by_days_change_nothing(tiny_qwen3: Path, tmp_path: Path) -> None:
     trouble, folder = tmp_path / "trouble", tmp_path / "server"
     trouble.mkdir()
     folder.mkdir()
-    variables = {
-        "PYTHONPATH": str(Path(__file__).parent / "inject"),
-        "TROUBLE": str(trouble),
-        "TROUBLE_SETTINGS": json.dumps(SETTINGS),
-    }
-    with Server(tiny_qwen3, folder, variables=variables) as server, server.client() as http:
+    with (
+        Server(tiny_qwen3, folder, variables=inject.environment_for_troubles(trouble, SETTINGS)) as server,
+        server.client() as http,
+    ):
         clock = Clock(server, trouble)
         expected = course(server, Tenant(http, seed=5), lambda _: None)
 

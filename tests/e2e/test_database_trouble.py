@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psycopg
+import pytest
 
+from tests import inject
 from tests.support.server import Server
 from tests.support.tenant import Outcome, Tenant, good_datum
 from tx.tinker.wire import tinker_pb2
@@ -19,6 +24,12 @@ LIMIT_S = 60.0
 
 SLOW_S = 0.1
 """What every statement takes."""
+
+OTHERS_END = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+"""SQL that cuts every connection to this database but the one that says it."""
 
 
 def wait(condition: Callable[[], bool], why: str) -> None:
@@ -77,8 +88,6 @@ def course(tenant: Tenant, trouble: Callable[[], None], rounds: int = 1) -> list
 def test_connections_that_are_cut_again_and_again_fail_nothing(
     tiny_qwen3: Path, tmp_path: Path, postgres_url: str
 ) -> None:
-    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
-    others += "AND pid <> pg_backend_pid()"
     with (
         Server(tiny_qwen3, tmp_path, "--database-url", postgres_url) as server,
         patient(server) as http,
@@ -90,7 +99,7 @@ def test_connections_that_are_cut_again_and_again_fail_nothing(
         def cut() -> None:
             nonlocal num_cut
             for _ in range(3):
-                num_cut += len(hand.execute(others).fetchall())
+                num_cut += len(hand.execute(OTHERS_END).fetchall())
                 time.sleep(0.05)
 
         assert course(Tenant(http, seed=5), cut, rounds=2) == expected
@@ -134,16 +143,79 @@ def test_a_full_disk_under_the_database_refuses_what_is_new_and_answers_what_is_
             assert course(tenant, refused) == expected
 
 
-def test_a_slow_database_only_takes_longer(tiny_qwen3: Path, tmp_path: Path) -> None:
-    trouble, folder = tmp_path / "trouble", tmp_path / "server"
-    trouble.mkdir()
-    folder.mkdir()
-    variables = {"PYTHONPATH": str(Path(__file__).parent / "inject"), "TROUBLE": str(trouble)}
-    with Server(tiny_qwen3, folder, variables=variables) as server, server.client() as http:
+@dataclass
+class Troubled:
+    """A server and the files that say what is wrong with its database."""
+
+    server: Server
+    folder: Path
+
+
+@pytest.fixture
+def troubled(tiny_qwen3: Path, tmp_path: Path) -> Iterator[Troubled]:
+    files, data = tmp_path / "trouble", tmp_path / "server"
+    files.mkdir()
+    data.mkdir()
+    with Server(tiny_qwen3, data, variables=inject.environment_for_troubles(files)) as server:
+        yield Troubled(server, files)
+
+
+def test_a_slow_database_only_takes_longer(troubled: Troubled) -> None:
+    with troubled.server.client() as http:
         expected = course(Tenant(http, seed=5), lambda: None)
         tenant = Tenant(http, seed=5)
-        (trouble / "slow").write_text(str(SLOW_S))
+        (troubled.folder / "slow").write_text(str(SLOW_S))
         seen = course(tenant, lambda: None)
         assert http.get("/healthz").json()["status"] == "ok"
-        (trouble / "slow").unlink()
+        (troubled.folder / "slow").unlink()
         assert seen == expected
+
+
+@contextlib.contextmanager
+def read_only_sqlite(troubled: Troubled) -> Iterator[None]:
+    (troubled.folder / "read-only").touch()
+    yield
+    (troubled.folder / "read-only").unlink()
+
+
+@contextlib.contextmanager
+def read_only_postgresql(hand: psycopg.Connection) -> Iterator[None]:
+    """As after a failover to a standby: connections end, and new ones can only read; later new ones can write again."""
+    database = hand.info.dbname
+    hand.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    hand.execute(OTHERS_END)
+    yield
+    hand.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_a_read_only_database_answers_what_is_there_and_refuses_the_rest(
+    request: pytest.FixtureRequest, tiny_qwen3: Path, tmp_path: Path, database: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if database == "sqlite":
+            troubled: Troubled = request.getfixturevalue("troubled")
+            server, read_only = troubled.server, functools.partial(read_only_sqlite, troubled)
+        else:
+            url = request.getfixturevalue("postgres_url")
+            server = stack.enter_context(Server(tiny_qwen3, tmp_path, "--database-url", url))
+            hand = stack.enter_context(psycopg.connect(url, autocommit=True))
+            read_only = functools.partial(read_only_postgresql, hand)
+        http, patiently = stack.enter_context(server.client()), stack.enter_context(patient(server))
+        expected = course(Tenant(http, seed=5), lambda: None)
+        tenant = Tenant(patiently, seed=5)
+        answered = tenant.send(tenant.request([good_datum(12)], forward_only=True)).json()["request_id"]
+        answer = tenant.outcome(answered).protobuf
+        sampler = tenant.sampler()
+
+        def refused() -> None:
+            with read_only():
+                session = {"tags": [], "sdk_version": "0.38.0"}
+                for route, body in (("asample", tenant.sample_body(sampler)), ("create_session", session)):
+                    reply = http.post(f"/{route}", json=body)
+                    assert reply.status_code == 503, f"{route}: {reply.text}"
+                    assert "database" in reply.json()["detail"]
+                assert tenant.outcome(answered).protobuf == answer
+            wait(lambda: http.get("/healthz").status_code == 200, "the engine does not come back")
+
+        assert course(tenant, refused) == expected

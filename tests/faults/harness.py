@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from sqlmodel import Session, col, func, select
 
+from tests import inject
 from tests.faults.client import Lost
 from tests.faults.tenants import Result, run_round
 from tests.support.server import Server
@@ -26,7 +27,11 @@ from tx.tinker.wire.paths import parse_path
 
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 
-INJECT = Path(__file__).parent / "inject"
+PACE = {
+    "tx.tinker.recovery_points": {"MIN_TRAINED_S": 0.0, "SHARE": 1e9},
+    "tx.tinker.supervisor": {"_FIRST_BACKOFF_S": 0.05, "_MAX_BACKOFF_S": 0.05, "_OF_USE_S": 0.0},
+}
+"""Points are taken, and engines come back, at the pace of a test."""
 
 ENGINE_POINTS = tuple(
     f"{name}:{when}"
@@ -206,11 +211,7 @@ def run(
     if database_url is not None:
         flags += ["--database-url", database_url]
     report = Report()
-    variables = {
-        "TX_FAULTS": str(faults_folder),
-        "PYTHONPATH": os.pathsep.join((str(INJECT), str(INJECT.parents[2]))),
-    }
-    with Server(model, folder, *flags, variables=variables) as server:
+    with Server(model, folder, *flags, variables=inject.environment_for_kills(faults_folder, PACE)) as server:
         fault_free: dict[int, Result] = {}
         run_round(server.url, STEPS, seed, lambda result: fault_free.update({result.tenant.seed: result}))
         expected = {number: _tensors(folder, result) for number, result in fault_free.items()}

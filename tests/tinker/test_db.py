@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -18,7 +22,7 @@ from tx.errors import StartupError
 from tx.tinker import migrations
 from tx.tinker.api import create_app
 from tx.tinker.config import TxConfig
-from tx.tinker.db import Checkpoint, Engine, Session, open_database, reading, writing
+from tx.tinker.db import AWAY, Checkpoint, Engine, Session, open_database, reading, writing
 from tx.tinker.jobs import Appended, JobTable, NewJob, Outcome
 from tx.tinker.recovery import plan_replay
 from tx.tinker.service import Service
@@ -123,6 +127,34 @@ def test_a_database_that_cannot_be_opened_is_one_sentence(url, says):
         open_database(url)
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_file_that_can_only_be_read_is_refused(sqlite_url):
+    open_database(sqlite_url).dispose()
+    only_read = "import sys; from tx.tinker.db import open_database; open_database(sys.argv[1])"
+    command = [sys.executable, "-c", only_read, sqlite_url]
+    if os.geteuid() == 0:  # whom permissions don't bind while he has this capability
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    Path(make_url(sqlite_url).database).chmod(0o444)
+    opened = subprocess.run(command, capture_output=True, text=True)
+    assert opened.returncode == 1
+    assert opened.stderr.splitlines()[-1].endswith("can't be opened: attempt to write a readonly database.")
+
+
+def test_a_postgresql_that_can_only_be_read_is_refused_until_it_can_be_written(postgres_url):
+    db = open_database(postgres_url)
+    name = make_url(postgres_url).database
+    with psycopg.connect(postgres_url, autocommit=True) as hand:
+        hand.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        with pytest.raises(StartupError, match="read-only transaction"):
+            open_database(postgres_url)
+        db.dispose()
+        with pytest.raises(AWAY), writing(db) as session:
+            session.add(session_row())
+        hand.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with writing(db) as session:  # on a new connection: the one from before could only read for ever
+        session.add(session_row())
+    db.dispose()
 
 
 # ---- a database of an older release, with what its users left in it ----

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from psycopg.errors import ReadOnlySqlTransaction
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -27,9 +28,9 @@ from sqlalchemy import (
     event,
     text,
 )
-from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.engine import URL, Connection, ExceptionContext, make_url
 from sqlalchemy.engine import Engine as Database
-from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Field, SQLModel
 from sqlmodel import Session as DbSession
@@ -47,9 +48,8 @@ LOCAL = "local"
 MAX_CONNECTIONS = 64
 """Of one process, in its pool."""
 
-AWAY = (OperationalError, InterfaceError, PoolTimeout)
+AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 """What is raised while the database can't be reached or can't be written: nobody's request is to blame."""
-
 
 UNFINISHED = ("pending", "running")
 """Values of ``Job.status`` that are not final."""
@@ -280,14 +280,14 @@ def open_database(url: str, max_connections: int = MAX_CONNECTIONS) -> Database:
         if parsed.get_backend_name() == "sqlite":
             db = _open_sqlite(url, pool)
         elif parsed.get_backend_name() == "postgresql":
-            db = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool)
+            db = _open_postgresql(parsed, pool)
         else:
             raise StartupError(f"--database-url: {parsed.drivername} is neither sqlite nor postgresql.")
         with _migration_lock(db) as connection:
             _migrate(connection)
     except (ArgumentError, NoSuchModuleError) as error:
         raise StartupError(f"--database-url can't be read: {str(error).splitlines()[0]}.") from error
-    except (OperationalError, sqlite3.OperationalError, OSError) as error:
+    except (OperationalError, InternalError, sqlite3.OperationalError, OSError) as error:
         shown = make_url(url).render_as_string(hide_password=True)
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise StartupError(f"The database {shown} can't be opened: {reason}.") from error
@@ -365,6 +365,18 @@ def _open_sqlite(url: str, pool: dict[str, int]) -> Database:
     return db
 
 
+def _open_postgresql(url: URL, pool: dict[str, int]) -> Database:
+    db = create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool)
+
+    @event.listens_for(db, "handle_error")
+    def forget_read_only(context: ExceptionContext) -> None:
+        # After a failover, or once the disk has room again, only a new connection may find who can write.
+        if isinstance(context.original_exception, ReadOnlySqlTransaction):
+            context.is_disconnect = True
+
+    return db
+
+
 @contextlib.contextmanager
 def _migration_lock(db: Database) -> Iterator[Connection]:
     """One write transaction that excludes every other process's migration: API and engine start together."""
@@ -388,3 +400,5 @@ def _migrate(connection: Connection) -> None:
     if MigrationContext.configure(connection).get_current_revision() != head:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+    # On a file that may only be read, BEGIN IMMEDIATE succeeds; so write something.
+    connection.execute(text("UPDATE alembic_version SET version_num = version_num"))

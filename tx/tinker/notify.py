@@ -190,11 +190,12 @@ class _PostgresSignal:
             for _ in self._listener.notifies(timeout=timeout, stop_after=1):
                 heard = True
             return heard
-        except psycopg.OperationalError:
-            # The server went away; what it said meanwhile is lost, so the caller had better look.
+        except psycopg.Error:
+            # The server went away, or became one that can't notify; what it said meanwhile is lost, so the caller had
+            # better look.
             time.sleep(min(1.0, timeout))
             self._listener.close()
-            with contextlib.suppress(psycopg.OperationalError):  # it is away still: the next wait tries again
+            with contextlib.suppress(psycopg.Error):  # it is away still: the next wait tries again
                 self._listener = self._listen()
             return True
 
@@ -202,10 +203,10 @@ class _PostgresSignal:
         with self._lock:
             try:
                 self._notify(topics)
-            except psycopg.OperationalError:
+            except psycopg.Error:
                 self._announcer = None
                 # What we tell of is committed. Without a server, those who listen have lost it too, and will look.
-                with contextlib.suppress(psycopg.OperationalError):
+                with contextlib.suppress(psycopg.Error):
                     self._notify(topics)
 
     def close(self) -> None:

@@ -38,7 +38,8 @@ EXIT_STARTUP = 2
 """The child said in one sentence why it can't start; starting it again would not help."""
 
 _STOP_GRACE_S = 3.0
-_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
+_FIRST_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 60.0
 _OF_USE_S = 10.0
 """An engine that was ready for so long was of use: when it dies, counting and back-off start anew."""
 

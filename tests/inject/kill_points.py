@@ -1,20 +1,19 @@
-"""Loaded by every Python process of a server under test, whose PYTHONPATH names this folder: kills at named instants.
+"""Kills at named instants.
 
-``$TX_FAULTS`` is a folder. While its file ``armed`` says ``<point> <skip> <serial>``, a process that has come by that
-point ``skip`` times notes the next time in ``fired`` and dies as by kill -9. What has been synced is noted in
-``synced``, so that a power cut can take the rest. The product knows nothing of this.
+While the file ``armed`` in the folder says ``<point> <skip> <serial>``, a process that has come by that point ``skip``
+times notes the next time in ``fired`` and dies as by kill -9. What has been synced is noted in ``synced``, so that a
+power cut can take the rest.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
+import functools
 import os
 import signal
 import stat
-import sys
 from collections import Counter
 
-FOLDER = os.environ.get("TX_FAULTS", "")
+from tests.inject import import_hook
+
+FOLDER = ""
 
 # module: (attribute, name of the point). Each has an instant before it and one after it.
 POINTS = {
@@ -36,12 +35,6 @@ POINTS = {
     "tx.tinker.checkpoints": (("CheckpointFolders.write", "write"),),
     "tx.tinker.recovery_points": (("RecoveryPoints.after_step", "point"), ("RecoveryPoints.collect", "point-row")),
     "tx.tinker.rebuild": (("Rebuilds.advance", "rebuild"),),
-}
-
-# So that points are taken and engines come back at the pace of a test.
-SETTINGS = {
-    "tx.tinker.recovery_points": {"MIN_TRAINED_S": 0.0, "SHARE": 1e9},
-    "tx.tinker.supervisor": {"_MAX_BACKOFF_S": 0.05},
 }
 
 passed: Counter = Counter()
@@ -97,31 +90,15 @@ def note_syncs() -> None:
     os.fsync = fsync
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes the modules named above when they are imported."""
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname not in POINTS and fullname not in SETTINGS:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            for name, value in SETTINGS.get(fullname, {}).items():
-                assert hasattr(module, name), f"{fullname} has no {name}"
-                setattr(module, name, value)
-            if fullname == "tx.tinker.supervisor":
-                module.Supervisor.__init__.__kwdefaults__.update(first_backoff_s=0.05, of_use_s=0.0)
-            for attribute, name in POINTS.get(fullname, ()):
-                wrap(module, attribute, name)
-
-        spec.loader.exec_module = exec_module
-        return spec
+def wrap_all(points, module) -> None:
+    """Each of a module's methods that is named above."""
+    for attribute, name in points:
+        wrap(module, attribute, name)
 
 
-if FOLDER:
+def install(folder: str) -> None:
+    """Watch ``folder`` for what is armed."""
+    global FOLDER
+    FOLDER = folder
     note_syncs()
-    sys.meta_path.insert(0, Finder())
+    import_hook.install({module: functools.partial(wrap_all, points) for module, points in POINTS.items()})
