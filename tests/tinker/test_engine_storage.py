@@ -14,8 +14,8 @@ from sqlmodel import select
 from tests.support.object_stores import WatchedStore
 from tests.tinker.engine_bench import Bench, Client, body_of, new_worker
 from tx.tinker.db import Checkpoint, reading
-from tx.tinker.engine import MAX_WRITES
 from tx.tinker.wire.paths import parse_path
+from tx.tinker.writes import MAX_WRITES
 from tx.utils.object_storage import ObjectStorage
 from tx.worker.worker import Worker
 
@@ -121,12 +121,12 @@ def test_saves_do_not_pile_up_without_bound(bench, two, gate):
     gate.hold("put", "sess-a")
     saves = [one.do("save_weights", path=f"ck{number}") for number in range(MAX_WRITES + 3)]
     bench.run(other.train(lengths=(6,)), other.step())
-    assert len(bench.engine._writing) == MAX_WRITES
+    assert len(bench.engine._work.writes) == MAX_WRITES
     waiting = other.do("save_weights", path="mine")
     behind = one.train(lengths=(6,))
     save, sampler = other.snapshot()
     bench.run(other.sample(other.sampler(), PROMPT))
-    assert len(bench.engine._writing) == MAX_WRITES
+    assert len(bench.engine._work.writes) == MAX_WRITES
     assert status(bench, *saves, waiting, behind, save) <= {"running", "pending"}
     gate.release()
     done = bench.run(*saves, waiting, behind, save, other.sample(sampler, PROMPT))

@@ -30,7 +30,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from sqlalchemy.engine import Engine as Database
 
@@ -49,7 +48,8 @@ from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.supervisor import say_ready, was_killed
 from tx.tinker.uptime import Uptime
-from tx.tinker.work import KIND_OF_SAVE, Work, Writing, made_sampler
+from tx.tinker.work import KIND_OF_SAVE, Work, made_sampler
+from tx.tinker.writes import Writing
 from tx.types import Finished
 from tx.utils import log as log_setup
 from tx.worker.worker import Worker
@@ -66,10 +66,6 @@ MAX_ATTEMPTS = 6
 
 COMMIT_WAITS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses between attempts to commit while the database is away."""
-
-WRITE_THREADS = 4
-MAX_WRITES = 8
-"""Saves whose files are being written or about to be; with as many, the next wait: each holds a model's state."""
 
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
@@ -128,8 +124,6 @@ class Engine:
         self._blocked: dict[int, str] = {}  # waiting jobs, by the rebuild, read or write that they wait for
         self._started_again: set[int] = set()  # jobs whose model was lost under them
         self._last_barrier: dict[str, int] = {}
-        self._writer = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="write")
-        self._writing: dict[int, tuple[Job, Writing, Future[int]]] = {}
         self._sampling_credit_s = 0.0  # device time that sampling may use before training's next turn
         self._unmarked: list[int] = []  # samples that started and whose rows don't say so yet
         self._next_mark = 0.0
@@ -150,7 +144,7 @@ class Engine:
         except AWAY:
             self._in_flight.set(())  # none of them has killed us
             raise
-        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._work.writes.close()
         self._points.close()
         self._jobs.requeue(self._base_model)
         self._in_flight.close()
@@ -167,7 +161,7 @@ class Engine:
         return worked or self._replan or (bool(self._rebuilds) and not self._work.reads)
 
     def _wait(self) -> None:
-        if self._signal.wait(_FILES_WAIT_S if self._writing or self._work.reads else _IDLE_WAIT_S):
+        if self._signal.wait(_FILES_WAIT_S if self._work.writes or self._work.reads else _IDLE_WAIT_S):
             self._look = True
 
     # ---- 2: claim ---------------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ class Engine:
                 self._unmarked.append(header.request_id)
             return
         if isinstance(outcome, Writing):
-            self._writing[header.request_id] = job, outcome, self._writer.submit(outcome.write)
+            self._work.writes.begin(job, outcome)
         else:
             self._commit([outcome])
             if job.kind == "optim_step":
@@ -307,7 +301,7 @@ class Engine:
                 self._rebuilds.begin_snapshot(need)
             return need.snapshot_id
         writes = job.kind in KIND_OF_SAVE and made_sampler(job) is None
-        if writes and (len(self._writing) >= MAX_WRITES or self._work.is_being_written(job)):
+        if writes and self._work.must_wait_to_write(job):
             return _A_WRITE
         model_id = job.model_id or ""
         if model_id not in self._rebuilds:
@@ -436,17 +430,13 @@ class Engine:
 
     def _collect_writes(self) -> None:
         self._points.collect()
-        for request_id, (job, writing_job, future) in list(self._writing.items()):
-            if not future.done():
-                continue
-            del self._writing[request_id]
+        for job, writing, future in self._work.writes.ended():
             try:
-                self._commit([writing_job.outcome(future.result())])
-                writing_job.tidy()
+                self._commit([writing.outcome(future.result())])
+                writing.tidy()
             except AWAY:
                 raise
             except Exception as error:
-                self._work.abandon(writing_job)
                 self._fail(job, error)
             self._unblock(_A_WRITE)
 

@@ -28,6 +28,7 @@ from tx.tinker.uptime import Uptime
 from tx.tinker.wire import codec, paths
 from tx.tinker.wire.optimizer import adam_params, check_optimizer_config
 from tx.tinker.wire.paths import TinkerPath
+from tx.tinker.writes import Writes, Writing
 from tx.worker.worker import Worker
 
 MAX_SNAPSHOTS = 128
@@ -39,19 +40,6 @@ KIND_OF_SAVE: dict[str, paths.PathKind] = {
     "save_weights_external": "external_weights",
 }
 """Kinds of jobs that write files, and what their paths say."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """A job that has had its effect and still has files to write: ``write`` in any thread, then ``outcome`` here.
-
-    When that is committed, ``tidy`` removes what it has replaced.
-    """
-
-    path: TinkerPath
-    write: Callable[[], int]  # returns bytes written
-    outcome: Callable[[int], Outcome]
-    tidy: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -77,8 +65,8 @@ class Work:
         self._uptime = uptime
         self._snapshots: OrderedDict[str, None] = OrderedDict()
         self._needs: dict[int, SnapshotNeed | None] = {}  # by sample job that waits for its snapshot
-        self._being_written: set[str] = set()
         self.reads = Reads()
+        self.writes = Writes()
         self.applied: dict[str, int | None] = {}
         """By model: ``seq_id`` of the last job whose effect its weights and moments hold."""
         self._handlers: dict[str, Callable[[Job, str], Outcome | Writing | None]] = {
@@ -261,26 +249,24 @@ class Work:
         result = {"sampling_session_id": sampler.sampler_id, "path": None, "type": "save_weights_for_sampler"}
         return Outcome(_id(job), codec.encode_json(result), rows=[_changed(sampler, snapshot_id=snapshot_id)])
 
-    def is_being_written(self, job: Job) -> bool:
-        """Whether a named save would write where another write is under way."""
-        name = codec.parse_json(_payload(job)).get("path")
-        kind = KIND_OF_SAVE[job.kind]
-        return f"tinker://{job.model_id}/{kind}/{name}" in self._being_written
+    def must_wait_to_write(self, job: Job) -> bool:
+        """Whether a save has to wait for another: too many are under way, or one to the same path."""
+        name = _name(job, codec.parse_json(_payload(job)))
+        return self.writes.are_full or f"tinker://{job.model_id}/{KIND_OF_SAVE[job.kind]}/{name}" in self.writes
 
     def _new_path(self, job: Job, request: dict[str, Any]) -> TinkerPath:
         """Where to save; refused if the name is taken and ``overwrite`` doesn't say so."""
-        name = request.get("path")
-        name = f"{job.request_id:06d}" if name is None else paths.check_name(str(name))
-        path = TinkerPath(job.model_id or "", KIND_OF_SAVE[job.kind], name)
+        name = _name(job, request)
+        path = TinkerPath(job.model_id or "", KIND_OF_SAVE[job.kind], paths.check_name(name))
         check_ttl(request.get("ttl_seconds"))
-        taken = str(path) in self._being_written or self._checkpoint(path) is not None
+        taken = str(path) in self.writes or self._checkpoint(path) is not None
         if taken and not request.get("overwrite"):
             raise InvalidInput("path", name, "a name that is not taken, or overwrite=true")
         return path
 
     def _place(self, path: TinkerPath, job: Job) -> TinkerPath:
         """Where the files go: in no folder that a row names, as copies share theirs and readers may be under way."""
-        if self._is_named(path.folder) or str(path) in self._being_written or self._checkpoint(path) is not None:
+        if self._is_named(path.folder) or str(path) in self.writes or self._checkpoint(path) is not None:
             return replace(path, name=f"{path.name}@{job.request_id}")  # no client may have "@" in a name
         return path
 
@@ -301,7 +287,6 @@ class Work:
         applied = self.applied.get(path.model_id)
         place = self._place(path, job)
         replaced: Checkpoint | None = None
-        self._being_written.add(str(path))
 
         def write() -> int:
             files = model_files.to_files(state, self._base_model, with_optimizer=with_optimizer)
@@ -312,7 +297,6 @@ class Work:
 
         def outcome(size_bytes: int) -> Outcome:
             nonlocal replaced
-            self._being_written.discard(str(path))
             replaced = self._checkpoint(path)
             row = Checkpoint(
                 id=None if replaced is None else replaced.id,
@@ -337,10 +321,6 @@ class Work:
                 self._folders.delete(replaced.folder)
 
         return Writing(path, write, outcome, tidy)
-
-    def abandon(self, writing: Writing) -> None:
-        """Forget a write that failed."""
-        self._being_written.discard(str(writing.path))
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
@@ -463,3 +443,9 @@ def _id(job: Job) -> int:
 def _payload(job: Job) -> bytes:
     assert job.payload is not None  # only finished jobs are pruned
     return job.payload
+
+
+def _name(job: Job, request: dict[str, Any]) -> str:
+    """What a save is to be called; unchecked."""
+    name = request.get("path")
+    return f"{job.request_id:06d}" if name is None else str(name)
