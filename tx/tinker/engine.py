@@ -48,7 +48,8 @@ from tx.tinker.scheduler import COMMUTING, SAMPLE, JobHeader, plan
 from tx.tinker.sessions import EXPIRED_AFTER_S, Sessions
 from tx.tinker.supervisor import say_ready, was_killed
 from tx.tinker.uptime import Uptime
-from tx.tinker.work import KIND_OF_SAVE, Work, made_sampler
+from tx.tinker.wire.paths import KIND_OF_SAVE
+from tx.tinker.work import Work, made_sampler
 from tx.tinker.writes import Writing
 from tx.types import Finished
 from tx.utils import log as log_setup

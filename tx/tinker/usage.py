@@ -20,6 +20,7 @@ from tx.tinker import owners
 from tx.tinker.checkpoint_rows import living
 from tx.tinker.db import Checkpoint, Job, Model, Sampler, Session, reading
 from tx.tinker.wire import admin
+from tx.tinker.wire.paths import KIND_OF_SAVE
 from tx.tinker.wire.responses import timestamp
 
 HOUR_S = 3600
@@ -28,7 +29,6 @@ HOURS_PER_MONTH = 720
 """Of a GB-month, as the protocol counts it."""
 
 _TRAINING_KINDS = ("forward", "forward_backward")
-_SAVING_KINDS = ("save_weights", "save_weights_for_sampler", "save_weights_external")
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ def _tokens_by_hour(start_s: int, end_s: int, dialect: str, owner: str | None) -
             case((kind == "sample", col(Job.tokens_in) - col(Job.tokens_cached)), else_=0).label("prefill"),
             case((kind == "sample", col(Job.tokens_cached)), else_=0).label("cached"),
             case((kind == "sample", col(Job.tokens_out)), else_=0).label("sampled"),
-            case((and_(kind.in_(_SAVING_KINDS), ~unnamed), 1), else_=0).label("checkpoints"),
+            case((and_(kind.in_(KIND_OF_SAVE), ~unnamed), 1), else_=0).label("checkpoints"),
         )
         .where(
             col(Job.status) == "done",
-            kind.in_((*_TRAINING_KINDS, *_SAVING_KINDS, "sample")),
+            kind.in_((*_TRAINING_KINDS, *KIND_OF_SAVE, "sample")),
             col(Job.finished_at) >= start_s,
             col(Job.finished_at) < end_s,
             owners.session_of_owner(Job.session_id, owner),

@@ -34,13 +34,6 @@ from tx.worker.worker import Worker
 MAX_SNAPSHOTS = 128
 """Snapshots that the worker keeps, on the device or parked; older ones come back from disk or by replay when used."""
 
-KIND_OF_SAVE: dict[str, paths.PathKind] = {
-    "save_weights": "weights",
-    "save_weights_for_sampler": "sampler_weights",
-    "save_weights_external": "external_weights",
-}
-"""Kinds of jobs that write files, and what their paths say."""
-
 
 @dataclass(frozen=True)
 class SnapshotNeed:
@@ -252,12 +245,12 @@ class Work:
     def must_wait_to_write(self, job: Job) -> bool:
         """Whether a save has to wait for another: too many are under way, or one to the same path."""
         name = _name(job, codec.parse_json(_payload(job)))
-        return self.writes.are_full or f"tinker://{job.model_id}/{KIND_OF_SAVE[job.kind]}/{name}" in self.writes
+        return self.writes.are_full or f"tinker://{job.model_id}/{paths.KIND_OF_SAVE[job.kind]}/{name}" in self.writes
 
     def _new_path(self, job: Job, request: dict[str, Any]) -> TinkerPath:
         """Where to save; refused if the name is taken and ``overwrite`` doesn't say so."""
         name = _name(job, request)
-        path = TinkerPath(job.model_id or "", KIND_OF_SAVE[job.kind], paths.check_name(name))
+        path = TinkerPath(job.model_id or "", paths.KIND_OF_SAVE[job.kind], paths.check_name(name))
         check_ttl(request.get("ttl_seconds"))
         taken = str(path) in self.writes or self._checkpoint(path) is not None
         if taken and not request.get("overwrite"):

@@ -16,6 +16,13 @@ LOADABLE_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
 """What the server itself reads: external weights are for others, and may be encrypted to them."""
 PATH_KINDS: tuple[PathKind, ...] = (*LOADABLE_KINDS, "external_weights")
 
+KIND_OF_SAVE: dict[str, PathKind] = {
+    "save_weights": "weights",
+    "save_weights_for_sampler": "sampler_weights",
+    "save_weights_external": "external_weights",
+}
+"""Kinds of jobs that write files, and what their paths say."""
+
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,128}"
 _NAME = re.compile(NAME_PATTERN)
 _MODEL_ID = re.compile(r"(?P<session>[A-Za-z0-9._-]{1,128}):train:(?P<seq>[0-9]{1,19})")
