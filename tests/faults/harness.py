@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,11 +41,15 @@ ENGINE_POINTS = tuple(
     )
     for when in ("before", "after")
 )  # fmt: skip
+RECOVERY_POINTS = frozenset({"requeue", "rebuild", "restore"})
+"""What an engine comes by while it recovers: these are armed and then an engine is killed."""
+
 API_POINTS = ("append:before", "append:after", "answer:before", "answer:after")
 
 STEPS = 6
 _ARMED_S = 2.0
-"""How long to wait for a process to come by an armed point."""
+_RECOVERING_S = 8.0
+"""How long to wait for a process to come by an armed point, in the middle of work and after a kill."""
 
 TOLERANCE = 1e-6
 MOMENTS_TOLERANCE = {"/mu.": 2e-6, "/nu.": 4e-6}
@@ -134,23 +138,22 @@ class Faults:
             self._report.fired["power cut"] += 1
             return
         api = self._server.process
-        pids = self._server.engine_pids() if kind == "engine" else [api.pid] if api is not None else []
+        if self._kill(self._server.engine_pids() if kind == "engine" else [api.pid] if api is not None else []):
+            self._report.fired[f"{kind} at random"] += 1
+
+    def _kill(self, pids: Iterable[int]) -> int:
+        """How many of these were alive."""
         killed = 0
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
-            except ProcessLookupError:
-                pass
-        if killed:
-            self._report.fired[f"{kind} at random"] += 1
+        return killed
 
     def _cut_power(self) -> None:
         """Kill everything, and take from the data what had not reached the disk; SQLite's files are its own affair."""
         while pids := self._server.pids():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._kill(pids)
         synced = set(map(tuple, map(str.split, (self._folder / "synced").read_text().splitlines())))
         for file in self._server.folder.rglob("*"):
             if not file.is_file() or file.name.startswith("tx.db") or file.is_relative_to(self._folder):
@@ -167,9 +170,14 @@ class Faults:
         armed, fired = self._folder / "armed", self._folder / "fired"
         before = fired.read_text() if fired.exists() else ""
         temporary = self._folder / "arming"
-        temporary.write_text(f"{point} {self._rng.randrange(4)} {self._rng.getrandbits(40):x}")
+        name = point.partition(":")[0]
+        skip = 0 if name == "requeue" else self._rng.randrange(4)  # that one comes once in an engine's life
+        temporary.write_text(f"{point} {skip} {self._rng.getrandbits(40):x}")
         temporary.rename(armed)
-        deadline = time.monotonic() + _ARMED_S
+        recovers = name in RECOVERY_POINTS
+        if recovers and self._kill(self._server.engine_pids()):
+            self._report.fired["engine, to recover"] += 1
+        deadline = time.monotonic() + (_RECOVERING_S if recovers else _ARMED_S)
         while time.monotonic() < deadline and not self._stop.is_set():
             if fired.exists() and fired.read_text() != before:
                 return True
