@@ -88,6 +88,39 @@ def test_an_ephemeral_snapshot_comes_back_from_the_point_before_it(bench, caplog
     assert after.result == before.result
 
 
+def test_replays_that_are_cut_off_again_and_again_come_to_an_end(bench, caplog, monkeypatch):
+    client = Client(bench)
+    bench.run(client.create())
+    with monkeypatch.context() as patch:
+        patch.setattr("tx.tinker.recovery_points.MIN_TRAINED_S", float("inf"))  # no points, however long it takes
+        for seed in range(4):
+            bench.run(client.train(seed), client.step())
+    expected = state_of(bench, client)
+
+    def newest() -> int:
+        return max((point.seq_id for point in bench.points.of(client.model_id)), default=0)
+
+    def crash_once_there_is_a_point() -> int:
+        bench.restart()
+        bench.points.computed(HOUR_S)  # as if replaying took so long
+        waits, known = client.train(9, forward_only=True), newest()
+        while not bench.points._writing and newest() == known:
+            if not bench.engine.step():
+                bench.pace.wait(0.005)  # the last point is being read
+            assert bench.jobs.get(waits).status != "done", "rebuilt without a point"
+        for point in bench.points._writing.values():
+            point.future.result()
+        bench.points.collect()
+        return newest()
+
+    assert [crash_once_there_is_a_point() for _ in range(3)] == [2, 4, 6]
+    bench.restart()
+    with caplog.at_level(logging.INFO):
+        bench.run(client.train(10, forward_only=True))
+    assert replayed(bench, caplog) == [f"rebuilding {client.model_id}: 2 jobs after recovery point 6"]
+    assert_equal(state_of(bench, client), expected)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
 def test_from_a_damaged_point_the_older_one_is_taken(bench, caplog, damage):
     client = Client(bench)

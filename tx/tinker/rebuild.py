@@ -102,7 +102,7 @@ class Rebuilds:
     def _rebuild(self, replay: Replay, model_id: str, target: str, until: int | None = None) -> Iterator[None]:
         try:
             replay = yield from self._restore_start(replay, model_id, target, until)
-            yield from self._replay(replay, target)
+            yield from self._replay(replay, target, with_points=target == model_id)
         except BaseException:
             self._worker.drop_model(target)  # half a model must not look like a whole one
             raise
@@ -133,7 +133,7 @@ class Rebuilds:
             return self._work.reads.take(_key(start), lambda: self._points.read(start))
         return self._work.read_state(start)
 
-    def _replay(self, replay: Replay, target: str) -> Iterator[None]:
+    def _replay(self, replay: Replay, target: str, *, with_points: bool) -> Iterator[None]:
         waiting: list[int] = []  # consecutive forward_backwards share micro-batches, as they did the first time
         for job in replay.jobs:
             if job.kind != "forward_backward":
@@ -143,6 +143,8 @@ class Rebuilds:
                 self._points.trained(target, job.tokens_in)
                 self._awaited.add(job_id)
                 waiting.append(job_id)
+            elif with_points and job.kind == "optim_step":
+                self._points.after_step(target, job.seq_id, replayed=True)
         yield from self._wait(waiting)
 
     def _rebuild_snapshot(self, replay: Replay, need: SnapshotNeed) -> Iterator[None]:

@@ -1,9 +1,10 @@
 """Recovery points: a model's whole state on disk, written now and then, so that a crash costs seconds of replay.
 
-A point is taken right after an ``optim_step`` has committed, where no gradients wait, and only once the model has
-trained for so long that taking and writing it cost at most ``SHARE`` of that time. The copy is made on the engine's
-thread, the file by another; the row that makes it count is committed when the file is on the disk. The ``KEPT`` newest
-of a model stay: an ephemeral snapshot may need the one before the last, and so does whoever finds the last one damaged.
+A point is taken right after an ``optim_step`` has committed or been replayed, where no gradients wait, and only once
+the model has trained for so long that taking and writing it cost at most ``SHARE`` (``REPLAY_SHARE``) of that time. The
+copy is made on the engine's thread, the file by another; the row that makes it count is committed when the file is on
+the disk. The ``KEPT`` newest of a model stay: an ephemeral snapshot may need the one before the last, and so does
+whoever finds the last one damaged.
 
 Unlike checkpoints they hold arrays as they are (no change of format, so they come back bit for bit), belong to nobody,
 and go when the model's session has finished, or has been silent for ``SILENT_S``.
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.05
 """Of a model's training time, what its points may cost."""
+
+REPLAY_SHARE = 0.5
+"""Of a replay's time. Who has crashed may crash again, and a replay that is cut off without a point was for nothing."""
 
 MIN_TRAINED_S = 2.0
 """Less training than this is not worth a point: to replay it takes no longer."""
@@ -101,13 +105,14 @@ class RecoveryPoints:
         self._tokens = int(0.9 * self._tokens) + num_tokens
         self._tallies[model_id].tokens += num_tokens
 
-    def after_step(self, model_id: str, seq_id: int | None) -> bool:
-        """Take a point if it is time; the model's job ``seq_id``, an ``optim_step``, has just committed."""
+    def after_step(self, model_id: str, seq_id: int | None, *, replayed: bool = False) -> bool:
+        """Take a point if it is time; the model's job ``seq_id``, an ``optim_step``, has just run and is committed."""
         tally = self._tallies[model_id]
         trained_s = tally.tokens * self._seconds / max(1, self._tokens)
         if seq_id is None or model_id in self._writing or len(self._writing) >= _MAX_WRITING:
             return False
-        if trained_s < max(MIN_TRAINED_S, (tally.cost_s or 0.0) / SHARE):
+        share = REPLAY_SHARE if replayed else SHARE
+        if trained_s < max(MIN_TRAINED_S, (tally.cost_s or 0.0) / share):
             return False
         started = self._clock()
         try:
@@ -118,7 +123,7 @@ class RecoveryPoints:
         if tally.cost_s is None:
             num_bytes = sum(array.nbytes for tree in (state.weights, state.mu, state.nu) for array in tree.values())
             tally.cost_s = num_bytes / _FIRST_BYTES_PER_S
-            if trained_s < tally.cost_s / SHARE:
+            if trained_s < tally.cost_s / share:
                 return False
         tally.tokens = 0
         row = RecoveryPoint(
