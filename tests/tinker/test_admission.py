@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from sqlalchemy import event
+
 from tests.tinker.new_jobs import BASE, ids, new, sample
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.admission import Admission, Share
+from tx.tinker.admission import COUNT_EVERY_S, Admission, Ask, Share
 from tx.tinker.db import Session, open_database, writing
 from tx.tinker.jobs import JobTable, Outcome
 
@@ -35,7 +37,7 @@ def test_counting_the_queue_reads_one_index(sqlite_url):
             "WHERE status IN ('pending', 'running') AND base_model = 'm' AND num_sequences > 0"
         )
         steps = [row[3] for row in connection.exec_driver_sql(statement)]
-    assert any("COVERING INDEX ix_job_status_base_model" in step for step in steps), steps
+    assert any("COVERING INDEX ix_job_queue" in step for step in steps), steps
 
 
 def test_a_share_bounds_its_owner_alone(db):
@@ -45,13 +47,40 @@ def test_a_share_bounds_its_owner_alone(db):
     jobs = JobTable(db)
     mine, others = Share("alice", 4), Share("bob", 4)
     ids(jobs.append([sample(0, num_sequences=3), sample(0, "t:sample:0", session_id="t"), new(1)]))
-    with writing(db) as session:
-        admission = Admission(session, None)
-        refused = admission.admit(BASE, 1, mine)
-        assert isinstance(refused, Overloaded)
-        assert "4 sequences of this API key" in str(refused)
-        assert admission.admit(BASE, 0, mine) is None, "no sample"
-        assert admission.admit(BASE, 3, others) is None
-        assert isinstance(admission.admit(BASE, 2, others), Overloaded), "what was just let in counts"
-        assert isinstance(admission.admit(BASE, 5, others), InvalidInput), "it would be told to come back for ever"
-        assert admission.admit(BASE, 100, None) is None
+    admission = Admission(db, None)
+
+    def admit(num_sequences, share):
+        ask = Ask(BASE, num_sequences, share)
+        admission.expect([ask])
+        return admission.admit(ask)
+
+    refused = admit(1, mine)
+    assert isinstance(refused, Overloaded)
+    assert "4 sequences of this API key" in str(refused)
+    assert admit(0, mine) is None, "no sample"
+    assert admit(3, others) is None
+    admission.expect([Ask(BASE, 1, others)])
+    assert isinstance(admission.admit(Ask(BASE, 2, others)), Overloaded), "what was just let in counts"
+    assert isinstance(admit(5, others), InvalidInput), "it would be told to come back for ever"
+    assert admit(100, None) is None
+
+
+def test_the_queue_is_counted_now_and_then_and_before_anybody_is_refused(db):
+    time, counts = [0.0], []
+    event.listen(db, "before_cursor_execute", lambda *args: counts.append(1) if "sum(" in args[2] else None)
+    admission = Admission(db, 100, clock=lambda: time[0])
+    others = JobTable(db)
+
+    def admitted(num_sequences):
+        counts.clear()
+        admission.expect([Ask(BASE, num_sequences)])
+        return admission.admit(Ask(BASE, num_sequences)) is None, len(counts)
+
+    assert admitted(30) == (True, 1)
+    assert admitted(30) == (True, 0), "60 at most"
+    assert admitted(50) == (True, 1), "none of them is in the table, so there is room"
+    ids(others.append([sample(0, num_sequences=60)]))
+    assert admitted(50) == (True, 0), "another process's are not seen at once"
+    time[0] += COUNT_EVERY_S
+    assert admitted(1) == (True, 1)
+    assert admitted(41) == (False, 1)

@@ -97,10 +97,10 @@ class Reference:
             return None
         return next((row for row in self.rows.values() if (row.owner, row.seq_id) == (owner, new.seq_id)), None)
 
-    def claim(self, base_model: str, limit: int, kinds: tuple[str, ...] | None, in_turn: bool) -> list[int]:
+    def claim(self, base_model: str, limit: int, kinds: tuple[str, ...], in_turn: bool) -> list[int]:
         """Marks them running; their ids."""
         pending = [row for row in self.rows.values() if (row.base_model, row.status) == (base_model, "pending")]
-        pending = sorted((row for row in pending if kinds is None or row.kind in kinds), key=lambda row: row.request_id)
+        pending = sorted((row for row in pending if row.kind in kinds), key=lambda row: row.request_id)
         if in_turn:
             turns: dict[str, int] = {}
             ranked = []
@@ -164,10 +164,10 @@ class JobTableMachine(RuleBasedStateMachine):
     @rule(
         base=st.sampled_from(BASES),
         limit=st.integers(1, 4),
-        kinds=st.none() | st.sets(st.sampled_from(JOB_KINDS), min_size=1).map(lambda kinds: tuple(sorted(kinds))),
+        kinds=st.just(JOB_KINDS) | st.sets(st.sampled_from(JOB_KINDS), min_size=1).map(lambda k: tuple(sorted(k))),
         in_turn=st.booleans(),
     )
-    def claim(self, base: str, limit: int, kinds: tuple[str, ...] | None, in_turn: bool) -> None:
+    def claim(self, base: str, limit: int, kinds: tuple[str, ...], in_turn: bool) -> None:
         claimed = self.jobs.claim(base, limit, kinds, in_turn=in_turn)
         assert [job.request_id for job in claimed] == self.reference.claim(base, limit, kinds, in_turn)
         for job in claimed:

@@ -154,7 +154,8 @@ class Job(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("model_id", "seq_id"),
         UniqueConstraint("sampler_id", "seq_id"),
-        Index("ix_job_status_base_model", "status", "base_model", "num_sequences"),  # the queue is counted in it alone
+        # The queue is counted, and taken from, in this one alone.
+        Index("ix_job_queue", "status", "base_model", "kind", "session_id", "request_id", "num_sequences"),
         Index("ix_job_sampler_id_finish_seq", "sampler_id", "finish_seq"),
         {"sqlite_autoincrement": True},  # an id is never given twice, even after rows were deleted
     )

@@ -15,9 +15,9 @@ job that an engine had is also listed in ``Cancellation``, from where that engin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, cast
 
 from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, text, update
@@ -30,7 +30,8 @@ from sqlmodel import Session as DbSession
 from sqlmodel import SQLModel, col, select
 
 from tx.errors import InvalidInput, Overloaded
-from tx.tinker.admission import Admission, Share, unfinished_sequences
+from tx.tinker import pending
+from tx.tinker.admission import Admission, Ask, Share, unfinished_sequences
 from tx.tinker.db import (
     UNFINISHED,
     Cancellation,
@@ -88,6 +89,11 @@ class NewJob:
     error: str | None = None
     share: Share | None = None
 
+    @property
+    def ask(self) -> Ask:
+        """The room that it needs."""
+        return Ask(self.base_model, self.num_sequences, self.share)
+
 
 @dataclass(frozen=True)
 class Appended:
@@ -139,16 +145,18 @@ class JobTable:
     ) -> None:
         self._db = db
         self._signal = signal
-        self._max_queued = max_queued_samples
+        self._admission = Admission(db, max_queued_samples)
+        self._appending = threading.Lock()
         self._owner = owner
 
     def append(self, jobs: Sequence[NewJob]) -> list[Appended | InvalidInput | Overloaded]:
         """Append all of them in one transaction; each one's outcome, in order. A bad one doesn't stop the others."""
         for attempt in range(5):
             try:
-                with writing(self._db) as session:
-                    admission = Admission(session, self._max_queued)
-                    answers = [_append_one(session, job, admission) for job in jobs]
+                with self._appending:
+                    self._admission.expect(job.ask for job in jobs)
+                    with writing(self._db) as session:
+                        answers = [_append_one(session, job, self._admission) for job in jobs]
                 break
             except IntegrityError:
                 # Another API process appended the same request between our look and our insert: look again.
@@ -159,19 +167,19 @@ class JobTable:
         return answers
 
     def claim(
-        self, base_model: str, limit: int, kinds: Collection[str] | None = None, *, in_turn: bool = False
+        self, base_model: str, limit: int, kinds: Collection[str] = JOB_KINDS, *, in_turn: bool = False
     ) -> list[Job]:
         """The oldest pending jobs of one base model, now running; they come in order of request_id.
 
-        ``in_turn``: the oldest of each session, then the second of each, and so on. This looks at all that is pending.
+        ``in_turn``: the oldest of each session, then the second of each, and so on.
         """
-        any_pending, chosen = _queries_of_claim(kinds is not None, in_turn)
-        given = {"base_model": base_model, "limit": limit, "kinds": list(kinds or ())}
+        choose = pending.in_turn if in_turn else pending.oldest
         with reading(self._db) as session:
-            if session.connection().execute(any_pending, given).first() is None:
-                return []  # the usual answer while idle: no write transaction for it
+            if not pending.any_pending(session.connection(), base_model, kinds):
+                return []  # the usual answer while idle
+            # Nobody else claims, so what is pending now can only have been cancelled when it is our turn to write.
+            ids = choose(session.connection(), base_model, kinds, limit)
         with writing(self._db) as session:
-            ids = session.connection().execute(chosen, given).scalars().all()
             claimed = session.connection().execute(_CLAIM, {"ids": ids, "time": now()})
             return sorted((Job(**row) for row in claimed.mappings()), key=lambda job: cast(int, job.request_id))
 
@@ -321,6 +329,7 @@ class JobTable:
                 col(Job.status).in_(UNFINISHED),
                 or_(col(Session.finished_at).is_not(None), silent),
             )
+            .order_by(col(Job.request_id))
         )
         with reading(self._db) as session:
             return cast(list[int], list(session.exec(query).all()))
@@ -360,7 +369,7 @@ _FIRST = select_columns(_JOB.request_id, _JOB.kind, _JOB.fingerprint).where(_JOB
 _FIRST_OF_MODEL = _FIRST.where(_JOB.model_id == bindparam("owner"))
 _FIRST_OF_SAMPLER = _FIRST.where(_JOB.sampler_id == bindparam("owner"))
 
-_CLAIM = update(_JOB.request_id.table).where(_IDS)
+_CLAIM = update(_JOB.request_id.table).where(_IDS, _JOB.status == "pending")
 _CLAIM = _CLAIM.values(status="running", claimed_at=bindparam("time")).returning(_JOB.request_id.table)
 
 _FINISHED = select_columns(_JOB.request_id).where(_IDS, _JOB.status.in_(("done", "failed")))
@@ -382,24 +391,6 @@ _STATUS = _one_job(_JOB.status)
 _WHOLE = _one_job(Job)
 
 _CANCELLED = select_columns(col(Cancellation.request_id)).where(col(Cancellation.base_model) == bindparam("base_model"))
-
-
-@cache
-def _queries_of_claim(some_kinds: bool, in_turn: bool) -> tuple[Any, Any]:
-    """Whether anything may be claimed, and the ids of what is."""
-    pending = select_columns(_JOB.request_id).where(
-        _JOB.status == "pending", _JOB.base_model == bindparam("base_model")
-    )
-    if some_kinds:
-        pending = pending.where(_JOB.kind.in_(bindparam("kinds", expanding=True)))
-    limit: Any = bindparam("limit")
-    chosen = pending.order_by(_JOB.request_id).limit(limit)
-    if in_turn:
-        turn = func.row_number().over(partition_by=_JOB.session_id, order_by=_JOB.request_id)
-        ranked = pending.add_columns(turn.label("turn")).subquery().c
-        first = select_columns(ranked.request_id).order_by(ranked.turn, ranked.request_id).limit(limit)
-        chosen = pending.where(_JOB.request_id.in_(first))
-    return pending.limit(1), chosen.with_for_update(skip_locked=True)
 
 
 def _finish_statement() -> Any:
@@ -424,7 +415,7 @@ def _append_one(session: DbSession, new: NewJob, admission: Admission) -> Append
         if first.fingerprint != new.fingerprint:
             return InvalidInput("seq_id", new.seq_id, f"a new one: it is taken by a different {first.kind} request")
         return Appended(cast(int, first.request_id), created=False)
-    refusal = admission.admit(new.base_model, new.num_sequences, new.share)
+    refusal = admission.admit(new.ask)
     if refusal is not None:
         return refusal
     for row in new.rows:
