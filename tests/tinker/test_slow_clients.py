@@ -10,7 +10,7 @@ import uvicorn
 
 from tx.tinker import gate, slow_clients
 from tx.tinker.api import create_app
-from tx.tinker.slow_clients import BODY_S, MIN_BODY_BYTES_PER_S, Connection, body_deadline
+from tx.tinker.slow_clients import BODY_S, MAX_HEADERS_BYTES, MIN_BODY_BYTES_PER_S, Connection, body_deadline
 
 POST = b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
 
@@ -54,6 +54,19 @@ def test_so_do_those_of_a_second_request(address, monkeypatch):
         monkeypatch.setattr(slow_clients, "HEADERS_S", 0.1)
         connection.sendall(b"POST /api")
         assert read_all(connection) == b""
+
+
+def test_headers_without_end_are_a_400_and_a_closed_connection(address):
+    line = b"x: " + b"a" * 1019 + b"\r\n"
+    most = POST.removesuffix(b"\r\n") + line * (MAX_HEADERS_BYTES // len(line) - 1)
+    with connect(address) as connection:
+        for _ in range(2):
+            connection.sendall(most + b"\r\n{}")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(most + 2 * line)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert str(MAX_HEADERS_BYTES).encode() in answer
 
 
 def test_a_body_that_does_not_come_is_a_408_and_others_are_served(address, monkeypatch):

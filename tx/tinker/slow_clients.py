@@ -1,4 +1,4 @@
-"""Time limits for what a client sends: who connects and sends nothing, or a byte now and then, is cut off.
+"""Limits for what a client sends: who sends nothing, a byte now and then, or headers without end, is cut off.
 
 Nothing here limits how long an answer may take: long polls wait for theirs with a finished request behind them.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_S = 20.0
 """From the connection, or the first byte of a further request on it, to the end of the request's headers."""
+
+MAX_HEADERS_BYTES = 64 * 2**10
 
 BODY_S = 30.0
 MIN_BODY_BYTES_PER_S = 16 * 2**10
@@ -22,10 +24,11 @@ def body_deadline(started: float, num_bytes: int) -> float:
     return started + BODY_S + num_bytes / MIN_BODY_BYTES_PER_S
 
 
-class Connection(H11Protocol):
-    """uvicorn's, with a limit for headers: its own time-outs begin after the first answer."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's, with limits for headers: of their size it has none, and its time-outs begin after the first answer."""
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _headers_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Headers must come, from now."""
@@ -35,6 +38,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Of whatever."""
         super().data_received(data)
+        self._headers_bytes = self._headers_bytes + len(data) if self._awaits_headers() else 0
+        if self._headers_bytes > MAX_HEADERS_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The request's headers are more than {MAX_HEADERS_BYTES} bytes.")
         self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -44,7 +50,7 @@ class Connection(H11Protocol):
 
     def _set_timer(self) -> None:
         """Runs while no request is under way and some of one has come, or nothing ever has."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._awaits_headers():
             self._clear_timer()
         elif self._headers_timer is None:
             self._headers_timer = self.loop.call_later(HEADERS_S, self._give_up)
@@ -56,5 +62,9 @@ class Connection(H11Protocol):
 
     def _give_up(self) -> None:
         self._headers_timer = None
-        if self.cycle is None or self.cycle.response_complete:
+        if self._awaits_headers():
             self.transport.close()
+
+    def _awaits_headers(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
