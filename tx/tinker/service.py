@@ -49,7 +49,7 @@ _COUNT_EVERY_S = 1.0
 
 HOLD_S = 25.0
 """Clients cut a silent poll at 45 s and ask again at once after a 408 (protocol §2.5)."""
-_TURNS = 16
+_TURNS = 8
 """Requests that are worked on at the same time, of those that come by the thousand. More would only delay heartbeats,
 and whatever else is on the event loop: one process has one core."""
 
