@@ -289,9 +289,13 @@ class Processes:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_text()
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-                links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+                entries = list(Path(f"/proc/{pid}/fd").iterdir())
             except OSError:
                 continue
+            links = []
+            for entry in entries:
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    links.append(os.readlink(entry))
             part = "engine" if "engine.py" in command or "tx.tinker.engine" in command else "api"
             found[f"{part}_mb"] += pages * resource.getpagesize() / 2**20
             found[f"{part}_sockets"] += sum(link.startswith("socket:") for link in links)

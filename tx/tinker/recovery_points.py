@@ -146,6 +146,10 @@ class RecoveryPoints:
                 log.warning("no recovery point of %s: %s", model_id, error)
                 continue
             tally.cost_s = writing_point.copied_s + written_s
+            log.debug(
+                "recovery point %d of %s: copied in %.3f s, written in %.3f s",
+                row.seq_id, model_id, writing_point.copied_s, written_s,
+            )  # fmt: skip
             with writing(self._db) as session:
                 session.merge(row)
                 query = select(RecoveryPoint).where(RecoveryPoint.model_id == model_id)
