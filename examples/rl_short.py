@@ -68,14 +68,16 @@ def datum(prompt: list[int], reply: types.SampledSequence, advantage: float) -> 
 
 
 def train_step(
-    training: tinker.TrainingClient, tokenizer: object, topics: list[str], flags: argparse.Namespace
+    training: tinker.TrainingClient, tokenizer: object, rng: random.Random, topics: list[str], flags: argparse.Namespace
 ) -> Step:
-    """Sample, score, learn."""
+    """Draw questions, sample, score, learn."""
     started = time.monotonic()
     sampler = training.save_weights_and_get_sampling_client().result()
-    prompts = [question(tokenizer, topic) for topic in topics]
-    params = types.SamplingParams(max_tokens=flags.max_tokens, temperature=1.0)
-    futures = [sampler.sample(types.ModelInput.from_ints(prompt), flags.group, params) for prompt in prompts]
+    prompts = [question(tokenizer, topic) for topic in rng.sample(topics, flags.questions)]
+    futures = []
+    for prompt in prompts:  # each with a seed of its own, so that the whole run can be repeated
+        params = types.SamplingParams(max_tokens=flags.max_tokens, temperature=1.0, seed=rng.getrandbits(32))
+        futures.append(sampler.sample(types.ModelInput.from_ints(prompt), flags.group, params))
     data, rewards, lengths = [], [], []
     for prompt, future in zip(prompts, futures, strict=True):
         replies = future.result().sequences
@@ -136,20 +138,20 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0, help="of the topics and of the adapter")
+    parser.add_argument("--seed", type=int, default=0, help="of the topics, the adapter and the replies")
     parser.add_argument("--plot", default="rl_short.png", help="where the curve goes; empty for none")
     flags = parser.parse_args()
 
     service = tinker.ServiceClient(base_url=flags.base_url, api_key="tml-local")
     training = service.create_lora_training_client(base_model=flags.model, rank=flags.rank, seed=flags.seed).result()
     tokenizer = training.get_tokenizer()
-    topics, shuffle = [topic.strip() for topic in TOPICS.split(",")], random.Random(flags.seed)
+    topics, rng = [topic.strip() for topic in TOPICS.split(",")], random.Random(flags.seed)
     steps: list[Step] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("reward –", total=flags.steps)
         for number in range(flags.steps):
-            step = train_step(training, tokenizer, shuffle.sample(topics, flags.questions), flags)
+            step = train_step(training, tokenizer, rng, topics, flags)
             steps.append(step)
             progress.update(bar, advance=1, description=f"reward {step.reward:.2f}")
             measured = f"reward {step.reward:.3f}  {step.reply_tokens:5.1f} tokens per reply  {step.seconds:.1f} s"
