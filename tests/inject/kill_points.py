@@ -22,7 +22,7 @@ POINTS = {
         ("JobTable.claim", "claim"),
         ("JobTable.commit", "commit"),
         ("JobTable.requeue", "requeue"),
-        ("JobTable.finished", "answer"),
+        ("JobTable.answer", "answer"),
     ),
     "tx.worker.worker": (
         ("Worker.train_slice", "train"),
