@@ -80,7 +80,7 @@ def test_a_key_may_be_sent_and_need_not_be(document):
     assert document["security"] == [{}, {"ApiKey": []}]
     assert document["components"]["securitySchemes"]["ApiKey"]["name"] == "X-API-Key"
     for (path, _), operation in operations(document).items():
-        is_open = path.startswith((f"{PREFIX}/healthz", f"{PREFIX}/files/"))
+        is_open = path.startswith((f"{PREFIX}/healthz", f"{PREFIX}/livez", f"{PREFIX}/files/"))
         assert ("401" not in operation["responses"]) == is_open == (operation.get("security") == [])
     assert "429" not in document["paths"][f"{PREFIX}/session_heartbeat"]["post"]["responses"]
 

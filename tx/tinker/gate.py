@@ -24,8 +24,9 @@ MAX_BODY_BYTES = 64 * 2**20
 _DRAIN_BYTES = 2**30
 """How much of a body past the limit is read and thrown away, so that its sender gets to see the 413."""
 
-_OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/files/")
-"""Paths that need no API key: one whole, and all that begin like the other, whose URLs are signed."""
+_OPEN = {f"{PREFIX}/healthz", f"{PREFIX}/livez"}
+_SIGNED = f"{PREFIX}/files/"
+"""Paths that need no API key: these, and all that begin so, whose URLs are signed."""
 
 _UNCOUNTED = f"{PREFIX}/session_heartbeat"
 """Never refused for its key's rate: a client that is told to wait is not one that has died."""
@@ -90,7 +91,7 @@ class Gate:
 
 def statuses_at_the_gate(path: str) -> tuple[int, ...]:
     """How a request may be refused for its key, or for the rate of that."""
-    if path == _OPEN[0] or path.startswith(_OPEN[1]):
+    if path in _OPEN or path.startswith(_SIGNED):
         return ()
     return (401,) if path == _UNCOUNTED else (401, 429)
 

@@ -16,6 +16,7 @@ from tx.tinker.db import Checkpoint, now, writing
 
 NEEDS_NO_KEY = {
     "GET /healthz",
+    "GET /livez",
     "GET /files/{model_id}/{kind}/{name}/{file}",
     "GET /files/{model_id}/{kind}/{name}",
     "GET /files/{session_id}/trace",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 
@@ -34,6 +36,14 @@ def test_health_tells_the_truth_about_the_engine(client, engine, beat, process, 
     reply = client.get("healthz")
     assert reply.json()["status"] == status
     assert reply.status_code == (200 if status == "ok" else 503)
+
+
+def test_the_api_lives_without_an_engine_and_without_a_database(client):
+    client.service.db.dispose()
+    Path(client.service.db.url.database).unlink()
+    assert client.get("healthz").status_code == 503
+    reply = client.get("livez")
+    assert (reply.status_code, reply.json()) == (200, {"status": "alive"})
 
 
 def test_capabilities_list_every_name(client, engine):

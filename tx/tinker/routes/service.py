@@ -39,6 +39,12 @@ def health(api: Api, response: Response) -> responses.Health:
     return state
 
 
+@router.get("/livez")
+async def live() -> responses.Alive:
+    """200 whenever the API process can answer at all, whatever state the engine and the database are in."""
+    return responses.Alive()
+
+
 @router.post("/client/config", response_model_exclude_none=True)
 def client_config(
     api: Api, http: Request, request: Annotated[requests.ClientVersion, body(requests.ClientVersion)]

@@ -340,6 +340,12 @@ class Health(_Reply):
     detail: str | None = None
 
 
+class Alive(_Reply):
+    """livez."""
+
+    status: Literal["alive"] = "alive"
+
+
 def timestamp(seconds: float) -> datetime:
     """Seconds since the epoch as the timezone-aware time that clients insist on."""
     return datetime.fromtimestamp(seconds, UTC)
