@@ -17,6 +17,9 @@ from tx.types import LoraConfig, ModelState
 
 HOUR_S = 3600.0
 
+HOURS_OF_TOKENS = 10**9
+"""Put into a model's tally, its next step is worth a point."""
+
 
 @pytest.fixture
 def bench(tmp_path, database_url, tiny_qwen3):
@@ -40,10 +43,9 @@ def assert_equal(a: ModelState, b: ModelState):
 def step_with_point(bench, client, seed: int) -> RecoveryPoint:
     """One training step after which a point is on the disk."""
     jobs = bench.run(client.train(seed))
-    bench.points.computed(HOUR_S)  # as if it had taken so long
+    bench.points._tallies[client.model_id].tokens = HOURS_OF_TOKENS
     (job,) = bench.run(client.step())
-    for _ in range(400):
-        bench.points.computed(0.0)  # until that is long past: no more points from here on
+    bench.points._seconds = 0.0  # what there was of it is long past: no more points from here on
     body_of(jobs[0]), body_of(job)
     while not any(point.seq_id == client.seq_id for point in bench.points.of(client.model_id)):
         bench.engine.step()
@@ -189,7 +191,7 @@ def test_a_disk_that_takes_no_point_costs_no_step(bench):
     bench.run(client.create(), client.train(1))
     bench.points_folder.mkdir(exist_ok=True)
     (bench.points_folder / client.model_id).write_text("a file where the folder should be")
-    bench.points.computed(HOUR_S)
+    bench.points._tallies[client.model_id].tokens = HOURS_OF_TOKENS
     assert body_of(bench.run(client.step())[0])["metrics"]
     body_of(bench.run(client.train(2))[0])
     assert bench.points.of(client.model_id) == []
@@ -228,6 +230,25 @@ def test_points_cost_no_more_than_their_share_of_the_training_time(tmp_path, ben
     assert 0 < sum(taken) * costs.copy_s <= SHARE * 200 * step_s
     assert sum(taken) * costs.copy_s > 0.8 * SHARE * 200 * step_s, "and are as fresh as that allows"
     assert costs.exports == sum(taken)
+
+
+@pytest.mark.parametrize(("slices", "models"), [(1, 16), (8, 1)])
+def test_nor_when_models_train_together_or_a_request_takes_many_slices(tmp_path, bench, slices, models):
+    """16 tiny tenants in one slice have trained for a sixteenth of it each; a large batch for all of its slices."""
+    costs = Costs(tmp_path, bench, copy_s=0.5)
+    steps, slice_s, taken = 500, 1.0, -models  # of each one's first, the cost isn't known before
+    for seq_id in range(steps):
+        for _ in range(slices - 1):
+            costs.points.computed(slice_s)
+        for model in range(models):
+            costs.points.trained(f"m{model}", 16)
+        costs.points.computed(slice_s)
+        for model in range(models):
+            taken += costs.points.after_step(f"m{model}", seq_id)
+            while costs.points._writing:
+                costs.points.collect()
+    share = taken * costs.copy_s / (steps * slices * slice_s)
+    assert 0.5 * SHARE < share <= SHARE
 
 
 def test_little_training_is_not_worth_a_point(tmp_path, bench):

@@ -46,6 +46,9 @@ MIN_TRAINED_S = 2.0
 KEPT = 2
 SILENT_S = 7 * 86400.0
 
+_RECENT_S = 60.0
+"""Of training, from which the time that a token takes is known."""
+
 _MAX_WRITING = 2
 _FIRST_BYTES_PER_S = 200e6
 """What writing is taken to cost before it has been measured."""
@@ -91,24 +94,26 @@ class RecoveryPoints:
         self._export = export
         self._clock = clock
         self._tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
-        self._seconds, self._tokens = 0.0, 0  # of recent training, for the time that a token takes
+        self._seconds, self._tokens = 0.0, 0.0  # of recent training, for the time that a token takes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="point")
         self._writing: dict[str, _Writing] = {}
         self._sweep()
 
     def computed(self, seconds: float) -> None:
         """Training took so long just now."""
-        self._seconds = 0.9 * self._seconds + seconds
+        self._seconds += seconds
+        if self._seconds > _RECENT_S:  # both at once: a slice may end many jobs, and a job may take many slices
+            self._seconds, self._tokens = self._seconds / 2, self._tokens / 2
 
     def trained(self, model_id: str, num_tokens: int) -> None:
         """A ``forward_backward`` of so many tokens has run, for the first time or in a replay."""
-        self._tokens = int(0.9 * self._tokens) + num_tokens
+        self._tokens += num_tokens
         self._tallies[model_id].tokens += num_tokens
 
     def after_step(self, model_id: str, seq_id: int | None, *, replayed: bool = False) -> bool:
         """Take a point if it is time; the model's job ``seq_id``, an ``optim_step``, has just run and is committed."""
         tally = self._tallies[model_id]
-        trained_s = tally.tokens * self._seconds / max(1, self._tokens)
+        trained_s = tally.tokens * self._seconds / max(1.0, self._tokens)
         if seq_id is None or model_id in self._writing or len(self._writing) >= _MAX_WRITING:
             return False
         share = REPLAY_SHARE if replayed else SHARE
