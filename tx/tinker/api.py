@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import resource
@@ -49,6 +48,7 @@ from tx.tinker.routes import (
 from tx.tinker.service import Service, service_of
 from tx.tinker.slow_clients import Connection
 from tx.tinker.supervisor import Supervisor, engine_command, say_ready
+from tx.utils.garbage import collect_seldom
 from tx.utils.log import set_up
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,6 @@ _KEEP_ALIVE_S = 30
 
 _SWITCH_S = 0.0005
 """How long a thread that computes may keep the interpreter from the event loop; Python's own 5 ms add up."""
-
-_GC_THRESHOLDS = (10_000, 20, 50)
-"""With Python's own all objects are traversed every few seconds, and with 2,000 polls waiting that takes 0.3 s."""
 
 
 def create_app(service_: Service, *, keeps_house: bool = True) -> FastAPI:
@@ -189,7 +186,7 @@ def run(config: TxConfig) -> int:
     try:
         if supervisor is not None:
             supervisor.start()
-        _collect_seldom()
+        collect_seldom()
         server.run(sockets=[listener])
     finally:
         if supervisor is not None:
@@ -208,19 +205,12 @@ def run_worker(config: TxConfig) -> int:
     app = create_app(service_, keeps_house=parent.number == api_workers.FIRST)
     server = _Server(_uvicorn_config(config, app), service_, None, on_listening=say_ready)
     parent.watch(server.leave)
-    _collect_seldom()
+    collect_seldom()
     try:
         server.run(sockets=[parent.listener])
     finally:
         service_.close()
     return server.exit_code
-
-
-def _collect_seldom() -> None:
-    """What is here by now stays, so the garbage collector needn't look at it; at the rest it looks less often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def _uvicorn_config(config: TxConfig, app: FastAPI) -> uvicorn.Config:

@@ -53,6 +53,7 @@ from tx.tinker.work import Work, made_sampler
 from tx.tinker.writes import Writing
 from tx.types import Finished
 from tx.utils import log as log_setup
+from tx.utils.garbage import collect_seldom
 from tx.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -504,6 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if config.warmup:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)
             if not stopping.is_set():
+                collect_seldom()
                 ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
                 say_ready()
                 log.info("ready")
