@@ -191,7 +191,7 @@ for sizes in ({}, {"tp": 8}):
     x = jnp.zeros((own.SHAPE.rows, own.SHAPE.length, model.config.hidden_size))
     batch = layerwise._to_device(own.host())
     gradient = (model.weights, (adapter.unembed,), (sums.unembed,), x, trained.gate, batch)
-    score = (model.weights, (adapter.unembed,), x, trained.gate, batch)
+    score = (model.weights, (adapter.unembed,), x, trained.gate, batch.targets)
     programs = ((layerwise._ends.gradient, gradient), (layerwise._ends.score, score))
     texts = [program.lower(*given).compile().as_text() for program, given in programs]
     moved = [(one.kind, one.payload) for text in texts for one in hlo_collectives.collectives(text)]

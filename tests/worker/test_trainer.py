@@ -277,7 +277,7 @@ def test_losses_configs_and_learning_rates_compile_nothing(lab: Lab):
             config = {key: value * 1.01 for key, value in CASES[case][1].items()}
             lab.run(trainer, lab.request(case, loss_config=config), lab.request(case, forward_only=True))
             trainer.optim_step("m", AdamParams(1e-4 * index, weight_decay=0.01 * index, grad_clip_norm=index))
-    assert not compiled
+    assert not set(compiled) - {"jit(_sequence_ratios)"}  # of gspo, small, and compiled by its first request
 
 
 def test_optim_step_refuses_to_overtake(lab: Lab):

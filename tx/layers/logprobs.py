@@ -134,13 +134,13 @@ def loss_and_gradient(
     def nothing(grads: Any, part: Any) -> Any:
         h, t, _ = part
         empty = jnp.zeros(t.shape, jnp.float32)
-        return grads, (empty, empty[..., 0], jnp.zeros_like(h))
+        return grads, (empty, jnp.zeros_like(h))
 
     def scores(grads: Any, part: Any) -> Any:
-        h, t, given = part
+        h, t, _ = part
         logits = next_logits(h, kernel, lora, gate)
         logprobs = _pick(logits, t) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return grads, (logprobs, losses(logprobs, given), jnp.zeros_like(h))
+        return grads, (logprobs, jnp.zeros_like(h))
 
     def gradient(grads: Any, part: Any) -> Any:
         h, t, given = part
@@ -158,7 +158,7 @@ def loss_and_gradient(
         if lora is not None:
             more, grads = _lora_gradient(h, low, d, lora, gate, grads)
             dh = dh + more
-        return grads, (logprobs, value, dh.astype(h.dtype))
+        return grads, (logprobs, dh.astype(h.dtype))
 
     def step(grads: Any, part: Any) -> Any:
         return jax.lax.switch(part[0], (nothing, scores, gradient), grads, part[1])
@@ -170,8 +170,8 @@ def loss_and_gradient(
         x = jnp.moveaxis(x, 0, 1).reshape(rows, pieces * piece, *x.shape[3:])[:, :seq]
         return in_order(x, back)
 
-    logprobs, value, dh = jax.tree.map(put_back, found)
-    return logprobs, value, HeadGradient(dh, grads)
+    logprobs, dh = jax.tree.map(put_back, found)
+    return logprobs, losses(logprobs, inputs), HeadGradient(dh, grads)
 
 
 def _logits(hidden: Any, kernel: Any, lora: LoraWeights | None, gate: Any) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ One adapter's rows are plain products. Several adapters are one row each (``tx.l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -87,9 +87,9 @@ class Layerwise:
         rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
         for index, (programs, weights) in enumerate(self._layers):
             x = programs.forward(weights, _sites(trained, index), x, *rest)
-        head = (x, trained.gate, batch)
-        logprobs, losses = self._ends.score(self._model.weights, _unembeds(trained), *head)
-        return Outputs(logprobs, losses)
+        logprobs = self._score(trained, x, batch)
+        loss = _with_sequence_ratios(logprobs, batch.loss) if host.has_sequence_ratios else batch.loss
+        return Outputs(logprobs, _position_losses(logprobs, loss))
 
     def forward_backward(
         self, trained: Trained, accumulators: tuple[Adapter, ...] | None, host: HostBatch, *, keep: bool
@@ -110,6 +110,9 @@ class Layerwise:
                 y = programs.forward(weights, _sites(trained, index), x, *rest)
                 saved.append((x, None))
             x = y
+        if host.has_sequence_ratios:  # all logprobs of a datum come before the loss of its first position
+            loss = _with_sequence_ratios(self._score(trained, x, batch), batch.loss)
+            batch = replace(batch, loss=loss, has_sequence_ratios=False)
         sums_of_head = None if accumulators is None else tuple(adapter.unembed for adapter in accumulators)
         dx, of_head, logprobs, losses, finite = self._ends.gradient(
             self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
@@ -129,6 +132,9 @@ class Layerwise:
             Adapter(tuple(sums[which] for sums in reversed(layers)), unembed) for which, unembed in enumerate(of_head)
         )
         return Outputs(logprobs, losses, gradients, finite)
+
+    def _score(self, trained: Trained, x: Any, batch: HostBatch) -> Any:
+        return self._ends.score(self._model.weights, _unembeds(trained), x, trained.gate, batch.targets)
 
     def _to_device(self, host: HostBatch) -> HostBatch:
         mesh = self._model.mesh
@@ -265,19 +271,17 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
     def embed(weights: Any, tokens: Any, positions: Any) -> Any:
         return nnx.merge(graphdef, weights).embed(tokens, positions)
 
-    def score(weights: Any, unembeds: Any, x: Any, gate: Any, batch: HostBatch) -> tuple[Any, Any]:
+    def score(weights: Any, unembeds: Any, x: Any, gate: Any, targets: Any) -> Any:
         model = nnx.merge(graphdef, weights)
-        head = (model.norm(x), model.unembed_kernel(), batch.targets, _join_unembeds(unembeds), gate)
-        logprobs = target_logprobs(*head, chunk=chunk)
-        return logprobs, position_losses(logprobs, _completed(batch, lambda: logprobs))
+        head = (model.norm(x), model.unembed_kernel(), targets, _join_unembeds(unembeds), gate)
+        return target_logprobs(*head, chunk=chunk)
 
     def gradient(weights: Any, unembeds: Any, sums: Any, x: Any, gate: Any, batch: HostBatch) -> tuple[Any, ...]:
         model = nnx.merge(graphdef, weights)
         hidden, pull = jax.vjp(lambda x: model.norm(x), x)
         lora = _join_unembeds(unembeds)
         head = (hidden, model.unembed_kernel(), batch.targets, lora, gate)
-        loss = _completed(batch, lambda: target_logprobs(*head, chunk=chunk))
-        logprobs, losses, grads = loss_and_gradient(*head, batch.order, loss, position_losses, chunk=chunk)
+        logprobs, losses, grads = loss_and_gradient(*head, batch.order, batch.loss, position_losses, chunk=chunk)
         gradients = _split(grads.lora, len(unembeds))
         sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
         if model.mesh is not None and lora is not None:
@@ -289,10 +293,18 @@ def _ends(graphdef: Any, chunk: int) -> _Ends:
     return _Ends(jax.jit(embed), jax.jit(score), jax.jit(gradient, donate_argnums=2))
 
 
-def _completed(batch: HostBatch, logprobs: Callable[[], Any]) -> LossBatch:
-    """The losses' inputs; gspo must know all logprobs of a datum before the loss of its first position."""
-    ratios = lambda loss: with_sequence_ratios(logprobs(), loss)
-    return jax.lax.cond(batch.has_sequence_ratios, ratios, lambda loss: loss, batch.loss)
+_position_losses = jax.jit(position_losses)
+
+
+def _with_sequence_ratios(logprobs: Any, loss: LossBatch) -> LossBatch:
+    """Where the other arrays are, or the head's program would be compiled once more."""
+    ratios = _sequence_ratios(logprobs, loss)
+    return replace(loss, sequence_log_ratio=jax.device_put(ratios, loss.sequence_log_ratio.sharding))
+
+
+@jax.jit
+def _sequence_ratios(logprobs: Any, loss: LossBatch) -> Any:
+    return with_sequence_ratios(logprobs, loss).sequence_log_ratio
 
 
 def _join_unembeds(unembeds: tuple[LoraWeights | None, ...]) -> LoraWeights | None:
