@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.jaxprs import shapes
 from tx.layers import blockwise
-from tx.layers.blockwise import LOOP_BLOCK, QUERY_BLOCK, SHORT, packed_attention
+from tx.layers.blockwise import LONG, LONG_LOOP_BLOCK, LOOP_BLOCK, QUERY_BLOCK, SHORT, packed_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -70,6 +70,7 @@ CASES = {
     "the shortest in loops": (SHORT + 1, [[SHORT + 1], [64, 65, 63, 300]]),
     "many short datums": (SHORT + 128, [[7] * 90, [64] * 10]),
     "a long datum and short ones": (SHORT + 200, [[600, 3, 20], []]),
+    "larger blocks": (LONG + 150, [[900, 256, 18], [300, 300]]),
 }
 
 
@@ -125,7 +126,7 @@ def test_bfloat16_sums_in_float32(seq: int):
     assert np.max(np.abs(np.asarray(out[0, -1, 0], np.float64) - wanted)) <= 2**-8 * 1.5
 
 
-@pytest.mark.parametrize("seq", [SHORT, 2048])
+@pytest.mark.parametrize("seq", [SHORT, 8192])
 def test_memory_grows_with_the_row_not_with_its_square(seq: int):
     """Forward and backward: nothing holds the scores of a long row; a short row's are those of a block of queries."""
     arrays = [jnp.zeros((1, seq, heads, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
@@ -135,7 +136,8 @@ def test_memory_grows_with_the_row_not_with_its_square(seq: int):
     assert largest < HEADS * seq * seq
 
 
-def test_blocks_that_no_query_sees_are_not_visited(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("block", "blocks"), [(LOOP_BLOCK, 7), (LONG_LOOP_BLOCK, 16)])
+def test_blocks_that_no_query_sees_are_not_visited(monkeypatch: pytest.MonkeyPatch, block: int, blocks: int):
     """A row of datums as long as a block costs its diagonal: of 16 blocks, 16 pairs and not 136."""
     pairs: list[object] = []
     plain = blockwise._scores
@@ -145,12 +147,12 @@ def test_blocks_that_no_query_sees_are_not_visited(monkeypatch: pytest.MonkeyPat
         return plain(queries, keys)
 
     monkeypatch.setattr(blockwise, "_scores", counted)
-    seq = 16 * LOOP_BLOCK
+    seq = blocks * block
     q, k, v, _ = map(jnp.asarray, draw(1, seq))
     counts = []
-    for starts in (starts_of([[LOOP_BLOCK] * 16], seq), np.zeros((1, seq), np.int32)):
+    for starts in (starts_of([[block] * blocks], seq), np.zeros((1, seq), np.int32)):
         pairs.clear()
         jax.block_until_ready(packed_attention(q, k, v, jnp.asarray(starts)))
         jax.effects_barrier()
         counts.append(len(pairs))
-    assert counts == [16, 16 * 17 // 2]
+    assert counts == [blocks, blocks * (blocks + 1) // 2]

@@ -75,9 +75,13 @@ class Bench:
             if not self.engine.step():
                 self.pace.wait(0.005)  # files are being written
             if len(self.jobs.finished_ids(request_ids)) == len(set(request_ids)):
-                finished = self.jobs.finished(request_ids)
-                return [finished[request_id] for request_id in request_ids]
+                return [self.job(request_id) for request_id in request_ids]
         raise AssertionError("the engine does not get there")
+
+    def job(self, request_id: int) -> Job:
+        job = self.jobs.get(request_id)
+        assert job is not None
+        return job
 
     def append(self, kind: str, body: dict[str, Any] | bytes, **more: Any) -> int:
         payload = body if isinstance(body, bytes) else orjson.dumps(body)

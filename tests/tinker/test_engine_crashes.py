@@ -77,7 +77,7 @@ def away() -> OperationalError:
 
 
 def test_a_commit_waits_for_the_database_and_nothing_runs_twice(bench, monkeypatch):
-    monkeypatch.setattr("tx.tinker.engine.COMMIT_WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("tx.tinker.endings.COMMIT_WAITS_S", (0.0, 0.0, 0.0))
     client = Client(bench)
     bench.run(client.create(), client.train(1))
     real, failures = bench.engine._jobs.commit, [away(), away(), away()]
@@ -94,7 +94,7 @@ def test_a_commit_waits_for_the_database_and_nothing_runs_twice(bench, monkeypat
 
 
 def test_a_database_that_stays_away_ends_the_engine_and_fails_no_job(bench, monkeypatch):
-    monkeypatch.setattr("tx.tinker.engine.COMMIT_WAITS_S", (0.0,))
+    monkeypatch.setattr("tx.tinker.endings.COMMIT_WAITS_S", (0.0,))
     client = Client(bench)
     bench.run(client.create(), client.train(1))
     step = client.step()

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.golden import tiny_specs as specs
 from tests.support import golden_models as run
+from tests.support.jaxprs import count
+from tx.layers.attention import Attention
+from tx.layers.blockwise import SHORT
 from tx.layers.lora import Adapter
-from tx.models.loading import LoadedModel
+from tx.models.loading import LoadedModel, load_model
 from tx.types import Datum
 from tx.worker import memory
 from tx.worker.datums import Given, HostBatch, lay_out
 from tx.worker.layerwise import Layerwise, Trained
+from tx.worker.mesh import make_mesh
 from tx.worker.shapes import Shape
 
 ROWS = ((9, 5), (12,))
@@ -142,20 +149,58 @@ def test_accumulators_are_consumed_and_weights_are_not(dense: LoadedModel):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((adapter, dense.weights)))
 
 
-def test_between_the_passes_live_the_kept_values_alone(dense: LoadedModel):
+def a_layer(model: LoadedModel, seq: int, layer: int = 0) -> tuple[Any, tuple[Any, ...]]:
+    """A layer's programs, and what its forward ones take: rows of one datum each."""
+    adapter = run.seeded_adapter(model)
+    programs, weights = Layerwise(model, chunk=8, packed=True)._layers[layer]
+    x = jnp.ones((SHAPE.rows, seq, model.config.hidden_size), jax.tree.leaves(model.weights)[0].dtype)
+    positions = jnp.zeros((SHAPE.rows, seq), jnp.int32)
+    rope = nnx.merge(model.graphdef, model.weights).embed(positions, positions)[1]
+    gates = (jnp.asarray(gate) for gate in (trained(adapter).gate, np.ones((1, 2))))
+    return programs, (weights, (adapter.layers[layer],), x, rope, positions, None, *gates)
+
+
+@pytest.mark.parametrize("seq", [SHAPE.length, 640])
+def test_between_the_passes_live_the_kept_values_alone(dense: LoadedModel, seq: int):
     """No copies of weights, adapters or the layer's input, which are there anyway: what ``memory`` counts."""
-    adapter, layerwise, config = run.seeded_adapter(dense), Layerwise(dense, chunk=8, packed=True), dense.config
-    kept = []
-    for programs, weights in layerwise._layers:
-        x = jnp.ones((SHAPE.rows, SHAPE.length, config.hidden_size))
-        positions = jnp.zeros((SHAPE.rows, SHAPE.length), jnp.int32)
-        rope = nnx.merge(dense.graphdef, dense.weights).embed(positions, positions)[1]
-        rest = (rope, positions, None, *(jnp.asarray(gate) for gate in (trained(adapter).gate, np.ones((1, 2)))))
-        given = (weights, (adapter.layers[0],), x, *rest)
+    config, kept = dense.config, []
+    for layer in range(config.num_layers):
+        programs, given = a_layer(dense, seq, layer)
         kept.append(programs.keep(*given)[1])
     entering = config.num_layers * config.hidden_size * 4  # a layer's input, which the caller has
-    wanted = SHAPE.num_tokens * (memory.kept_bytes_per_token(config, np.float32) - entering)
+    statistics = 0 if seq > SHORT else config.num_layers * config.num_heads * 4  # counted, but only long rows have them
+    wanted = SHAPE.rows * seq * (memory.kept_bytes_per_token(config, np.float32) - entering - statistics)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) == wanted
+
+
+def test_no_attention_is_computed_twice_where_activations_are_kept(dense: LoadedModel):
+    """Of a long row the forward program has one loop over blocks of queries, and so has the backward one."""
+    programs, given = a_layer(dense, 640)
+    y, kept = jax.eval_shape(programs.keep, *given)
+    assert count(programs.keep, "scan", *given) == 1
+    assert count(programs.backward, "scan", given, kept, y, None, True) == 1
+    assert count(programs.backward_again, "scan", given, y, None, True) == 2
+
+
+def test_nor_on_a_gpu(tmp_path: Path, monkeypatch):
+    """Lowered for CUDA: which of cuDNN's two kernels each program calls, and how often."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda number: number == "9.0")
+    monkeypatch.setattr(Attention, "_on_gpu", True)
+    model = load_model(specs.write_model(tmp_path, "qwen3_bias"), make_mesh(), jnp.bfloat16)
+    programs, given = a_layer(model, 128)
+    y, kept = jax.eval_shape(programs.keep, *given)
+
+    def kernels(program, *inputs) -> list[str]:
+        text = program.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"@__cudnn\$fmhaSoftmax(Backward)?\(", text)
+
+    forward, backward = "", "Backward"
+    assert kernels(programs.forward, *given) == [forward]
+    assert kernels(programs.keep, *given) == [forward]
+    assert kernels(programs.backward, given, kept, y, None, True) == [backward]
+    assert kernels(programs.backward_again, given, y, None, True) == [forward, backward]
 
 
 @pytest.mark.parametrize("where", ["a layer", "the head"])

@@ -75,12 +75,13 @@ def test_a_share_for_activations():
 
 def test_kept_bytes_of_a_token(tiny_qwen3, tiny_qwen3_moe):
     """embed 64, 4 and 2 heads of 16, ffn 128, 2 layers: its input and the residual stream, q, k, v and what attention
-    gives, gate and up; of experts nothing. (Against real arrays: test_layerwise.)
+    gives, gate and up, and four softmax statistics; of experts nothing. (Against real arrays: test_layerwise.)
     """
     attention = 2 * 64 + (64 + 32 + 32 + 64)
-    assert memory.kept_bytes_per_token(read_config(tiny_qwen3), np.float32) == 2 * (attention + 2 * 128) * 4
-    assert memory.kept_bytes_per_token(read_config(tiny_qwen3), jnp.bfloat16) == 2 * (attention + 2 * 128) * 2
-    assert memory.kept_bytes_per_token(read_config(tiny_qwen3_moe), np.float32) == 2 * attention * 4
+    dense, moe = read_config(tiny_qwen3), read_config(tiny_qwen3_moe)
+    assert memory.kept_bytes_per_token(dense, np.float32) == 2 * ((attention + 2 * 128) * 4 + 4 * 4)
+    assert memory.kept_bytes_per_token(dense, jnp.bfloat16) == 2 * ((attention + 2 * 128) * 2 + 4 * 4)
+    assert memory.kept_bytes_per_token(moe, np.float32) == 2 * (attention * 4 + 4 * 4)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ from tx.layers.sharding import constrain
 
 log = logging.getLogger(__name__)
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's name of cuDNN's forward kernel, as a policy of ``jax.checkpoint`` meets it."""
+
 PRIOR_PIECE = 8
 """Blocks of earlier positions that a piece of a prompt attends to at a time."""
 
@@ -121,7 +124,7 @@ class Attention(nnx.Module):
             blocks = self._spread_blocks(cache)
             y = continued_attention(q, self._spread(k, 2), self._spread(v, 2), blocks, place.length)
             kept = kv_cache.in_blocks(k, v)
-        return self.o_proj(checkpoint_name(y.reshape(rows, seq, -1), KEPT), lora.get("o_proj"), gate), kept
+        return self.o_proj(y.reshape(rows, seq, -1), lora.get("o_proj"), gate), kept
 
     def _spread(self, x: Array, axis: int) -> Array:
         """Where heads are sharded and KV heads are too few for it, repeat them, so that each device has its own."""
@@ -150,6 +153,14 @@ def kernels(mesh: Mesh, dtype: Any, head_dim: int) -> str:
     fused = on_gpu and _cudnn_takes(jnp.dtype(dtype), head_dim)
     summed = "a product per row" if on_gpu else "segment sums"
     return f"{'cuDNN' if fused else 'XLA'} inside a prompt, XLA over blocks ({summed}) when decoding"
+
+
+def keeps_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy of ``jax.checkpoint``: keep what cuDNN's forward kernel gives, output and softmax statistics.
+
+    No name reaches inside its derivative rule, and computed again it would be a quarter of all attention.
+    """
+    return bool(primitive.name == CUDNN_FORWARD)
 
 
 def _cudnn_takes(dtype: Any, head_dim: int) -> bool:

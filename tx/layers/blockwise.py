@@ -9,8 +9,11 @@ position attends from there up to itself. Two forms, both exact, with softmax an
   keys that no query of a block may see are not visited, so a row of many short datums costs what they cost. The
   backward pass is FlashAttention-2's (Dao, 2023, algorithm 2).
 
-On a 2-core CPU (9 heads of 64), forward and backward: 512 positions take 7.9 ms unrolled and 10.7 in loops, where one
-block over everything takes 23; 2,048 positions in datums of 170 take 57 ms in loops and 189 unrolled.
+Either names what its backward pass needs and would take long to compute again (``tx.layers.lora.KEPT``).
+
+On a 2-core CPU (9 heads of 64), forward and backward: 512 positions take 7.9 ms unrolled and 10.7 in loops of 64, where
+one block over everything takes 23. In loops of 64, 128, 256 and 512: 8,192 positions take 3.6, 2.8, 2.4 and 2.9 s. 1,024
+take 63, 50 and 44 ms in loops of 64 to 256; 2,048 in datums of 170 take 56, 52 and 74 ms (and 189 unrolled).
 
 Not here: fused kernels, and the choice between them and this (``tx.layers.attention``).
 """
@@ -23,13 +26,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from tx.layers.lora import KEPT
 
 SHORT = 512
 """Longest row whose blocks are unrolled: four of them."""
 
 QUERY_BLOCK = 128
-LOOP_BLOCK = 64
+LOOP_BLOCK = 128
+LONG_LOOP_BLOCK = 256
+LONG = 1024
+"""From so many positions on most rows are one long datum, and blocks are larger."""
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -43,7 +52,7 @@ def packed_attention(q: Queries, k: Keys, v: Keys, starts: Starts) -> Queries:
     if q.shape[1] <= SHORT:
         return _unrolled(q, k, v, starts)
     seq = q.shape[1]
-    missing = -seq % LOOP_BLOCK
+    missing = -seq % _loop_block(seq)
     if not missing:
         return _looped(q, k, v, starts)
     q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
@@ -64,7 +73,8 @@ def _unrolled(q: Queries, k: Keys, v: Keys, starts: Starts) -> Queries:
         end = min(begin + QUERY_BLOCK, seq)
         seen = _seen(jnp.arange(begin, end), jnp.arange(end), starts[:, begin:end])
         blocks.append(_block(grouped[:, :, :, begin:end], keys[:, :, :end], values[:, :, :end], seen))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, seq, heads, head_dim).astype(q.dtype)
+    out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, seq, heads, head_dim)
+    return checkpoint_name(out.astype(q.dtype), KEPT)
 
 
 @jax.checkpoint
@@ -91,8 +101,9 @@ def _looped(q: Queries, k: Keys, v: Keys, starts: Starts) -> Queries:
 
 
 def _looped_forward(q: Any, k: Any, v: Any, starts: Any) -> tuple[Any, Any]:
-    queries, keys, values = _query_blocks(q, k.shape[2]), _key_blocks(k), _key_blocks(v)
-    lines = _start_blocks(starts)
+    size = _loop_block(q.shape[1])
+    queries, keys, values = _query_blocks(q, k.shape[2], size), _key_blocks(k, size), _key_blocks(v, size)
+    lines = _start_blocks(starts, size)
 
     def one(block: Any) -> Any:
         line = queries[block]
@@ -113,17 +124,17 @@ def _looped_forward(q: Any, k: Any, v: Any, starts: Any) -> tuple[Any, Any]:
         first = _first_block(lines, block)
         steps = lambda i, carry: add(block - i, carry)
         peak, total, out = lax.fori_loop(0, block + 1 - first, steps, begin)
-        return out / total[..., None], peak + jnp.log(total)
+        return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
-    out, log_total = lax.map(one, jnp.arange(queries.shape[0]))
-    return _unblock_queries(out, q.shape).astype(q.dtype), (q, k, v, starts, out, log_total)
+    out, log_total = checkpoint_name(lax.map(one, jnp.arange(queries.shape[0])), KEPT)
+    return _unblock_queries(out, q.shape, size), (q, k, v, starts, out, log_total)
 
 
 def _looped_backward(saved: Any, dy: Any) -> Any:
     q, k, v, starts, out, log_total = saved
-    kv_heads = k.shape[2]
-    queries, keys, values = _query_blocks(q, kv_heads), _key_blocks(k), _key_blocks(v)
-    lines, dy = _start_blocks(starts), _query_blocks(dy.astype(q.dtype), kv_heads)
+    kv_heads, size = k.shape[2], _loop_block(q.shape[1])
+    queries, keys, values = _query_blocks(q, kv_heads, size), _key_blocks(k, size), _key_blocks(v, size)
+    lines, dy = _start_blocks(starts, size), _query_blocks(dy.astype(q.dtype), kv_heads, size)
     shared = jnp.sum(dy.astype(jnp.float32) * out, axis=-1)
     scale = q.shape[-1] ** -0.5
 
@@ -148,7 +159,7 @@ def _looped_backward(saved: Any, dy: Any) -> Any:
     nothing = jnp.zeros(keys.shape, jnp.float32)
     (dk, dv), dq = lax.scan(one, (nothing, nothing), jnp.arange(queries.shape[0]))
     dk, dv = (_unblock_keys(x, k.shape).astype(k.dtype) for x in (dk, dv))
-    return _unblock_queries(dq, q.shape).astype(q.dtype), dk, dv, None
+    return _unblock_queries(dq, q.shape, size).astype(q.dtype), dk, dv, None
 
 
 _looped.defvjp(_looped_forward, _looped_backward)
@@ -160,39 +171,44 @@ def _scores(queries: Any, keys: Any) -> Any:
 
 
 def _block_seen(block: Any, other: Any, starts: Any, queries: Any) -> Any:
-    inside = jnp.arange(LOOP_BLOCK)
-    seen = _seen(block * LOOP_BLOCK + inside, other * LOOP_BLOCK + inside, starts[block])
-    return jnp.tile(seen, (1, queries.shape[2] // LOOP_BLOCK, 1))[:, None]
+    size = starts.shape[-1]
+    inside = jnp.arange(size)
+    seen = _seen(block * size + inside, other * size + inside, starts[block])
+    return jnp.tile(seen, (1, queries.shape[2] // size, 1))[:, None]
 
 
 def _first_block(starts: Any, block: Any) -> Any:
     """The first block of keys that a query of this block sees, in any row; padding starts behind itself."""
-    return jnp.minimum(jnp.min(starts[block]) // LOOP_BLOCK, block)
+    return jnp.minimum(jnp.min(starts[block]) // starts.shape[-1], block)
 
 
-def _start_blocks(starts: Any) -> Any:
-    """[row, seq] to [block, row, LOOP_BLOCK]; a position sees itself at least, or its softmax would be empty."""
+def _loop_block(seq: int) -> int:
+    return LOOP_BLOCK if seq < LONG else LONG_LOOP_BLOCK
+
+
+def _start_blocks(starts: Any, size: int) -> Any:
+    """[row, seq] to [block, row, size]; a position sees itself at least, or its softmax would be empty."""
     rows, seq = starts.shape
-    return jnp.minimum(starts, jnp.arange(seq)).reshape(rows, -1, LOOP_BLOCK).transpose(1, 0, 2)
+    return jnp.minimum(starts, jnp.arange(seq)).reshape(rows, -1, size).transpose(1, 0, 2)
 
 
-def _query_blocks(x: Any, kv_heads: int) -> Any:
-    """[row, seq, heads, head_dim] to [block, row, kv_heads, group * LOOP_BLOCK, head_dim]."""
+def _query_blocks(x: Any, kv_heads: int, size: int) -> Any:
+    """[row, seq, heads, head_dim] to [block, row, kv_heads, group * size, head_dim]."""
     rows, seq, heads, head_dim = x.shape
-    x = x.reshape(rows, -1, LOOP_BLOCK, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(seq // LOOP_BLOCK, rows, kv_heads, -1, head_dim)
+    x = x.reshape(rows, -1, size, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(seq // size, rows, kv_heads, -1, head_dim)
 
 
-def _unblock_queries(x: Any, shape: tuple[int, ...]) -> Any:
+def _unblock_queries(x: Any, shape: tuple[int, ...], size: int) -> Any:
     blocks, rows, kv_heads, _, head_dim = x.shape
-    x = x.reshape(blocks, rows, kv_heads, -1, LOOP_BLOCK, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    x = x.reshape(blocks, rows, kv_heads, -1, size, head_dim).transpose(1, 0, 4, 2, 3, 5)
     return x.reshape(shape)
 
 
-def _key_blocks(x: Any) -> Any:
-    """[row, seq, kv_heads, head_dim] to [block, row, kv_heads, LOOP_BLOCK, head_dim]."""
+def _key_blocks(x: Any, size: int) -> Any:
+    """[row, seq, kv_heads, head_dim] to [block, row, kv_heads, size, head_dim]."""
     rows, _, kv_heads, head_dim = x.shape
-    return x.reshape(rows, -1, LOOP_BLOCK, kv_heads, head_dim).transpose(1, 0, 3, 2, 4)
+    return x.reshape(rows, -1, size, kv_heads, head_dim).transpose(1, 0, 3, 2, 4)
 
 
 def _unblock_keys(x: Any, shape: tuple[int, ...]) -> Any:

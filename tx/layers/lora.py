@@ -29,8 +29,10 @@ from tx.layers.weights import Kernel, Weight
 
 KEPT = "kept"
 """``checkpoint_name`` of what a layer's backward pass needs and would take a large product to compute again: outputs of
-projections that something nonlinear follows, the attention's output, the residual stream between the two halves. Norms,
-rotations, softmax and gating are computed again; they are cheap, and their values several times as large."""
+projections that something nonlinear follows, the attention's output and, where it goes over blocks, each softmax's
+logarithm of the total, the residual stream between the two halves. Norms, rotations, weights of attention and gating
+are computed again; they are cheap, and their values several times as large. cuDNN's kernel can't name anything:
+``tx.layers.attention.keeps_cudnn`` stands for it."""
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,6 @@ import logging
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
 from sqlalchemy.engine import Engine as Database
@@ -38,6 +37,7 @@ from tx.tinker import startup, uptime
 from tx.tinker.checkpoints import CheckpointFolders
 from tx.tinker.config import fail, parse_args
 from tx.tinker.db import AWAY, Job
+from tx.tinker.endings import Endings
 from tx.tinker.in_flight import InFlight
 from tx.tinker.jobs import JOB_KINDS, JobTable, Outcome
 from tx.tinker.notify import ChangeSignal
@@ -65,9 +65,6 @@ MAX_WAITING_TRAINING = 256
 ALONE_AFTER = 2
 MAX_ATTEMPTS = 6
 """A job that was with the worker when so many engines died runs alone, and then fails. Others are not to blame."""
-
-COMMIT_WAITS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses between attempts to commit while the database is away."""
 
 SELF_SUFFICIENT = frozenset({"create_model", "load_weights", "unload_model"})
 """Kinds that don't need their model's present state."""
@@ -120,6 +117,7 @@ class Engine:
         self._work = Work(db, worker, folders, base_model, self._ages)
         self._points = points
         self._in_flight = in_flight
+        self._endings = Endings(self._jobs, self._work)
         self._rebuilds = Rebuilds(db, self._jobs, worker, self._work, points)
         self._waiting: dict[int, tuple[JobHeader, Job]] = {}
         self._running: dict[int, tuple[JobHeader, Job]] = {}  # handed to the worker
@@ -192,7 +190,9 @@ class Engine:
     def _admit(self, job: Job) -> None:
         request_id = job.request_id or 0
         if job.attempts >= MAX_ATTEMPTS:
-            self._fail(job, TxError(f"The engine died {job.attempts} times while it had this {job.kind}; given up."))
+            self._endings.fail(
+                job, TxError(f"The engine died {job.attempts} times while it had this {job.kind}; given up.")
+            )
             return
         try:
             sampler_id = job.sampler_id if job.kind == SAMPLE else made_sampler(job)
@@ -200,7 +200,7 @@ class Engine:
                 request_id, job.kind, job.session_id, job.model_id, job.seq_id, sampler_id, max(1, job.num_sequences)
             )
         except InvalidInput as error:
-            self._fail(job, error)
+            self._endings.fail(job, error)
             return
         self._waiting[request_id] = header, job
         self._replan = True
@@ -228,7 +228,9 @@ class Engine:
             for header in decision.late:
                 _, job = self._waiting.pop(header.request_id)
                 barrier = self._last_barrier.get(header.model_id or "")
-                self._fail(job, InvalidInput("seq_id", header.seq_id, f"above {barrier}, which has already run"))
+                self._endings.fail(
+                    job, InvalidInput("seq_id", header.seq_id, f"above {barrier}, which has already run")
+                )
             startable = [header for header in decision.start if header.request_id not in self._blocked]
             for header in self._suspect_first(startable):
                 self._start(header)
@@ -266,7 +268,7 @@ class Engine:
         except Exception as error:
             del self._waiting[header.request_id]
             if not self._starts_again(header, job, error):
-                self._fail(job, error)
+                self._endings.fail(job, error)
                 self._passed(header)
             return
         del self._waiting[header.request_id]
@@ -278,7 +280,7 @@ class Engine:
         if isinstance(outcome, Writing):
             self._work.writes.begin(job, outcome)
         else:
-            self._commit([outcome])
+            self._endings.commit([outcome])
             if job.kind == "optim_step":
                 self._points.after_step(job.model_id or "", job.seq_id)
         self._passed(header)
@@ -337,7 +339,7 @@ class Engine:
             for request_id in self._unblock(key):
                 if error is not None:
                     _, job = self._waiting.pop(request_id)
-                    self._fail(job, error)
+                    self._endings.fail(job, error)
 
     def _unblock_read(self) -> None:
         if self._work.reads:
@@ -412,50 +414,24 @@ class Engine:
             except Exception as error:
                 if self._starts_again(header, job, error):
                     continue
-                self._fail(job, error)
+                self._endings.fail(job, error)
             self._passed(header)
         if outcomes:
-            self._commit(outcomes)
+            self._endings.commit(outcomes)
         if finished:
             self._in_flight.set(self._running)
-
-    def _commit(self, outcomes: Sequence[Outcome]) -> None:
-        """Commit, and again while the database is away: an outcome that is lost would be computed anew."""
-        for wait_s in COMMIT_WAITS_S:
-            try:
-                self._jobs.commit(outcomes)
-                return
-            except AWAY as error:
-                log.warning("results can't be committed, next try in %.1f s: %s", wait_s, error.args[0])
-                time.sleep(wait_s)
-        self._jobs.commit(outcomes)
 
     def _collect_writes(self) -> None:
         self._points.collect()
         for job, writing, future in self._work.writes.ended():
             try:
-                self._commit([writing.outcome(future.result())])
+                self._endings.commit([writing.outcome(future.result())])
                 writing.tidy()
             except AWAY:
                 raise
             except Exception as error:
-                self._fail(job, error)
+                self._endings.fail(job, error)
             self._unblock(_A_WRITE)
-
-    # ---- 8: fail ----------------------------------------------------------------------------------------------
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        rows = self._work.rows_of_failure(job)
-        if isinstance(error, InvalidInput):
-            self._jobs.fail(job.request_id or 0, str(error), "user", rows)
-        elif isinstance(error, TxError):
-            log.warning("%s %s failed: %s", job.kind, job.request_id, error)
-            self._jobs.fail(job.request_id or 0, str(error), "server", rows)
-        else:
-            short = uuid.uuid4().hex[:8]
-            log.error("%s %s failed (%s)", job.kind, job.request_id, short, exc_info=error)
-            text = f"Internal error {short} ({type(error).__name__}); the server's log has more."
-            self._jobs.fail(job.request_id or 0, text, "server", rows)
 
     # ---- now and then -----------------------------------------------------------------------------------------
 

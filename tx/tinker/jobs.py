@@ -262,15 +262,6 @@ class JobTable:
             status = self._one(connection, _STATUS, request_id).scalar()
         return status not in UNFINISHED
 
-    def finished(self, request_ids: Collection[int]) -> dict[int, Job]:
-        """Those of these jobs that are done or failed, with their results."""
-        found: dict[int, Job] = {}
-        with reading(self._db) as session:
-            for chunk in chunks(request_ids):
-                query = select(Job).where(col(Job.request_id).in_(chunk), col(Job.status).in_(("done", "failed")))
-                found.update({cast(int, job.request_id): job for job in session.exec(query).all()})
-        return found
-
     def get(self, request_id: int) -> Job | None:
         """One job, whatever its status."""
         with reading(self._db) as session:

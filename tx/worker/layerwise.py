@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from tx.layers.attention import Packed
+from tx.layers.attention import Packed, keeps_cudnn
 from tx.layers.logprobs import loss_and_gradient, target_logprobs
 from tx.layers.lora import KEPT, Adapter, LoraSite, LoraWeights, adapter_sharding, all_finite
 from tx.layers.sharding import sharding
@@ -200,8 +200,10 @@ def _layer_programs(graphdef: Any, mesh: Any, axes: tuple[tuple[Any, ...], ...])
     def pulled(function: Callable[..., Any], weights: Any, sites: Any, x: Any, *rest: Any) -> tuple[Any, Any]:
         return jax.vjp(lambda sites, x: function(weights, sites, x, *rest), sites, x)
 
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(policies.save_only_these_names(KEPT), keeps_cudnn)
+
     def keep(*inputs: Any) -> tuple[Any, Any]:
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
         y, pull = pulled(jax.checkpoint(layer, policy=policy), *inputs)
         leaves, tree = jax.tree.flatten(pull)
         known = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(inputs))}

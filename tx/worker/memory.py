@@ -73,7 +73,9 @@ def kept_bytes_per_token(config: Any, dtype: Any) -> int:
     """
     attention = config.hidden_size * 2 + config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     dense = sum(not config.is_moe(layer) for layer in range(config.num_layers))
-    return (config.num_layers * attention + dense * 2 * config.intermediate_size) * np.dtype(dtype).itemsize
+    values = config.num_layers * attention + dense * 2 * config.intermediate_size
+    statistics = config.num_layers * config.num_heads  # of the softmax, float32; rows of up to 512 on a CPU have none
+    return values * np.dtype(dtype).itemsize + statistics * 4
 
 
 def micro_batch_tokens(most: int, least: int, bytes_per_token: int, room: int | None) -> int:
