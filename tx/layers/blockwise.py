@@ -12,8 +12,8 @@ position attends from there up to itself. Two forms, both exact, with softmax an
 Either names what its backward pass needs and would take long to compute again (``tx.layers.lora.KEPT``).
 
 On a 2-core CPU (9 heads of 64), forward and backward: 512 positions take 7.9 ms unrolled and 10.7 in loops of 64, where
-one block over everything takes 23. In loops of 64, 128, 256 and 512: 8,192 positions take 3.6, 2.8, 2.4 and 2.9 s. 1,024
-take 63, 50 and 44 ms in loops of 64 to 256; 2,048 in datums of 170 take 56, 52 and 74 ms (and 189 unrolled).
+one block over everything takes 23. In loops of 64, 128, 256 and 512, 8,192 positions take 3.6, 2.8, 2.4 and 2.9 s; in
+loops of 64 to 256, 1,024 take 63, 50 and 44 ms, and 2,048 in datums of 170 take 56, 52 and 74 (and 189 unrolled).
 
 Not here: fused kernels, and the choice between them and this (``tx.layers.attention``).
 """
