@@ -62,6 +62,18 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path, tiny_qwen3, model, 
         assert db.get(EngineRow, name).state == "failed"
 
 
+@pytest.mark.parametrize("theirs", [None, "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_most_of_an_accelerator_is_taken_unless_its_owner_says_otherwise(monkeypatch, theirs):
+    """JAX refuses both variables at once."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "0.4")  # undone at the end, whatever is set meanwhile
+        if name != theirs:
+            monkeypatch.delenv(name)
+    startup._claim_memory()
+    set_now = {name: value for name, value in os.environ.items() if "MEM_FRACTION" in name}
+    assert set_now == ({theirs: "0.4"} if theirs else {"XLA_CLIENT_MEM_FRACTION": "0.9"})
+
+
 class Steps:
     """Stands in for a worker: its warm-up notes what the engine's row said when each step ran."""
 

@@ -23,6 +23,7 @@ from tests.support.trainer_lab import (
 )
 from tx.errors import InvalidInput
 from tx.types import AdamParams, Datum, Finished, LoraConfig
+from tx.worker import memory
 from tx.worker.adapters import AdapterStore
 from tx.worker.layerwise import Layerwise
 from tx.worker.passes import Job, Passes
@@ -121,17 +122,17 @@ def test_c10_out_of_memory_shrinks_what_runs_and_then_fails_one_job(lab: Lab, mo
     room = 16
     real, calls = Layerwise.forward_backward, []
 
-    def small_device(self, trained, accumulators, host, *, keep):
-        calls.append((host.tokens.shape, keep))
+    def small_device(self, trained, accumulators, host, *, kept_layers):
+        calls.append((host.tokens.shape, kept_layers))
         if host.tokens.size > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return real(self, trained, accumulators, host, keep=keep)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers)
 
     monkeypatch.setattr(Layerwise, "forward_backward", small_device)
     store, trainer = lab.trainer()
     lab.load(store)
     lab.run(trainer, lab.request())  # datums of 5, 11 and 8 tokens
-    assert calls == [((1, 32), True), ((1, 32), False), ((1, 16), True), ((1, 16), True)]
+    assert calls == [((1, 32), 2), ((1, 32), 1), ((1, 32), 0), ((1, 16), 0), ((1, 16), 0)]
     for name, grad in arrays(store.state("m").grads).items():
         assert relative_error(true_rank(name, grad)[0], lab.golden.group("grad/cross_entropy")[name]) <= 1e-4
     long = Datum(np.ones(40, np.int32), {"target_tokens": np.ones(40, np.int64), "weights": np.ones(40, np.float32)})
@@ -153,27 +154,43 @@ def test_a_datum_that_never_fits_fails_instead_of_going_round(lab: Lab, monkeypa
     assert [str(done.error) for done in finished] == ["RESOURCE_EXHAUSTED: out of memory"]
 
 
-def test_layers_are_computed_twice_after_one_failure_on_any_mesh(lab: Lab, monkeypatch: pytest.MonkeyPatch):
-    """What was kept on each of two devices is too much from then on: half of it is the new limit."""
+def test_a_failure_halves_what_is_kept_on_any_mesh(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """What was kept on each of two devices is too much from then on: one layer of the shape, both of a smaller one."""
     real, calls = Layerwise.forward_backward, []
 
-    def fails_once(self, trained, accumulators, host, *, keep):
-        calls.append((host.tokens.shape, keep))
+    def fails_once(self, trained, accumulators, host, *, kept_layers):
+        calls.append((host.tokens.shape, kept_layers))
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return real(self, trained, accumulators, host, keep=keep)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers)
 
     monkeypatch.setattr(Layerwise, "forward_backward", fails_once)
     passes = one_model(lab, Limits(64, 0, 64, row_multiple=2, packed=False))
     for lengths in ((32, 30), (16, 15)):
         assert [done.error for done in run(passes, *lengths)] == [None]
-    assert calls == [((2, 32), True), ((2, 32), False), ((2, 16), True)]
+    assert calls == [((2, 32), 2), ((2, 32), 1), ((2, 16), 2)]
 
 
-def one_model(lab: Lab, limits: Limits) -> Passes:
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 2), (0.99, 1), (0.6, 1), (0.3, 0), (0.0, 0)])
+def test_as_many_layers_are_kept_as_there_is_room(lab: Lab, monkeypatch: pytest.MonkeyPatch, share: float, kept: int):
+    """Room for a share of what both of two layers need, their inputs included."""
+    calls, real = [], Layerwise.forward_backward
+
+    def spy(self, trained, accumulators, host, *, kept_layers):
+        calls.append(kept_layers)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers)
+
+    monkeypatch.setattr(Layerwise, "forward_backward", spy)
+    whole = 32 * memory.kept_bytes_per_token(lab.model.config, np.float32)
+    passes = one_model(lab, Limits(64, 0, 64), activation_bytes=int(share * whole))
+    assert [done.error for done in run(passes, 30)] == [None]
+    assert calls == [kept]
+
+
+def one_model(lab: Lab, limits: Limits, activation_bytes: int | None = None) -> Passes:
     store = AdapterStore(lab.model, 4)
     store.create("a", LoraConfig(2, 0))
-    return Passes(lab.model, store, limits)
+    return Passes(lab.model, store, limits, activation_bytes=activation_bytes)
 
 
 def run(passes: Passes, *lengths: int) -> list[Finished]:

@@ -36,6 +36,10 @@ HARD_STOP_S = 2.0
 
 _PROGRESS_EVERY_S = 2.0
 
+_MEMORY_SHARES = frozenset({"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"})
+_MEMORY_SHARE = "0.9"
+"""Of an accelerator's memory. JAX's own is 0.75: of 80 GB, 12 less, or the activations of 5,000 tokens of a 4B model."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -131,6 +135,7 @@ def _open_folders(config: TxConfig, db: Database) -> CheckpointFolders:
 def _load(config: TxConfig, registration: Registration) -> Worker:
     began = time.monotonic()
     _use_compile_cache(config)
+    _claim_memory()
     files = locate(config)
     registration.update("starting", f"reading {files.folder.name}", tokenizer=files.tokenizer)
     log.info("reading %s from %s", config.base_model_name, files.folder)
@@ -174,6 +179,12 @@ def _use_compile_cache(config: TxConfig) -> None:
     # All of them: the default keeps only what took a second to compile, but most take less, and add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _claim_memory() -> None:
+    """An accelerator is the engine's alone, unless its owner has said otherwise; before JAX first looks at it."""
+    if not _MEMORY_SHARES & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = _MEMORY_SHARE
 
 
 def _progress(registration: Registration) -> Callable[[int, int], None]:

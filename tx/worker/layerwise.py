@@ -3,8 +3,8 @@
 Layers of one kind share their programs, so compiling costs one layer forward, one backward, and the head, however deep
 the model is (SmolLM2's first step: 5 programs of about a second, where the whole as one program takes 12 s). Nothing
 is lost against one program: between layers only the residual stream passes, and the host is a few layers ahead of the
-device. Between the two passes of a layer lives what ``tx.layers.lora.KEPT`` names, or, with ``keep`` off, only its
-input. Weights are arguments, never constants, and get no gradient; a layer's gradients are added to donated
+device. Between the two passes of a layer lives what ``tx.layers.lora.KEPT`` names, or only its input: then it is
+computed again. Weights are arguments, never constants, and get no gradient; a layer's gradients are added to donated
 accumulators the moment they are known.
 
 One adapter's rows are plain products. Several adapters are one row each (``tx.layers.lora``).
@@ -92,18 +92,20 @@ class Layerwise:
         return Outputs(logprobs, _position_losses(logprobs, loss))
 
     def forward_backward(
-        self, trained: Trained, accumulators: tuple[Adapter, ...] | None, host: HostBatch, *, keep: bool
+        self, trained: Trained, accumulators: tuple[Adapter, ...] | None, host: HostBatch, *, kept_layers: int
     ) -> Outputs:
         """The same, and the accumulators, which are consumed, with this micro-batch's gradients added.
 
-        Without accumulators its gradients alone; that is a program of its own.
+        Without accumulators its gradients alone; that is a program of its own. Of the last ``kept_layers`` layers the
+        backward pass finds the activations: it begins with them, so there is room when others are computed again.
         """
         batch = self._to_device(host)
         x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
         rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
         saved: list[Any] = []
+        first_kept = len(self._layers) - kept_layers
         for index, (programs, weights) in enumerate(self._layers):
-            if keep:
+            if index >= first_kept:
                 y, kept = programs.keep(weights, _sites(trained, index), x, *rest)
                 saved.append((x, kept))
             else:
@@ -123,7 +125,7 @@ class Layerwise:
             sums = None if accumulators is None else tuple(adapter.layers[index] for adapter in accumulators)
             entered, kept = saved.pop()
             inputs = (weights, _sites(trained, index), entered, *rest)
-            if keep:
+            if index >= first_kept:
                 dx, sums, finite = programs.backward(inputs, kept, dx, sums, finite)
             else:
                 dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)

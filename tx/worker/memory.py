@@ -78,6 +78,11 @@ def kept_bytes_per_token(config: Any, dtype: Any) -> int:
     return values * np.dtype(dtype).itemsize + statistics * 4
 
 
+def layer_input_bytes_per_token(config: Any, dtype: Any) -> int:
+    """What is kept in any case: each layer's input."""
+    return int(config.num_layers * config.hidden_size * np.dtype(dtype).itemsize)
+
+
 def micro_batch_tokens(most: int, least: int, bytes_per_token: int, room: int | None) -> int:
     """``most`` halved until its activations fit into ``room`` bytes (None: no limit), or ``least`` is reached."""
     tokens = most

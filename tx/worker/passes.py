@@ -40,6 +40,9 @@ HEAD_TOKENS_CPU = 128
 HEAD_BYTES_GPU = 512 << 20
 """Positions, or float32 logits, of one chunk of the head: enough to be compute-bound, few enough to skip others."""
 
+LEAST_KEPT = 0.25
+"""Of all layers. Keeping fewer of them saves less than two more programs per shape are worth."""
+
 
 @dataclass
 class Job:
@@ -96,8 +99,8 @@ class Passes:
 
     Args:
         limits: of a micro-batch; out of memory, they shrink.
-        gradient_checkpointing: always compute layers again in the backward pass; else only where a micro-batch's
-            activations don't fit into ``activation_bytes``.
+        gradient_checkpointing: always compute layers again in the backward pass; else only as many as don't fit into
+            ``activation_bytes``.
         activation_bytes: what may live between the forward and the backward pass, None for no limit.
         clock: seconds, to measure passes by.
     """
@@ -180,7 +183,7 @@ class Passes:
         if forward_only:
             outputs = self._layerwise.forward(trained, host)
         else:
-            outputs = self._layerwise.forward_backward(trained, sums, host, keep=self._keeps(batch.shape))
+            outputs = self._layerwise.forward_backward(trained, sums, host, kept_layers=self._kept_layers(batch.shape))
         _read(batch, jobs, outputs)
         return outputs.gradients
 
@@ -207,14 +210,20 @@ class Passes:
         cost = flops_per_token(self._model, ranks, forward_only=current.forward_only)
         current.cost.add(batch.num_tokens, batch.shape.num_tokens, self._clock() - began, cost)
 
-    def _keeps(self, shape: Shape) -> bool:
-        """Whether the backward pass of this shape finds its activations, or computes the layers again."""
-        return self._activation_bytes is None or self._kept_bytes(shape) <= self._activation_bytes
+    def _kept_layers(self, shape: Shape) -> int:
+        """Of how many layers the backward pass of this shape finds the activations; it computes the others again."""
+        num_layers, room = self._model.config.num_layers, self._activation_bytes
+        if room is None:
+            return num_layers
+        kept = next((count for count in range(num_layers, 0, -1) if self._kept_bytes(shape, count) <= room), 0)
+        return kept if kept >= LEAST_KEPT * num_layers else 0
 
-    def _kept_bytes(self, shape: Shape) -> int:
-        """What a micro-batch keeps on each device between its two passes."""
-        each = memory.kept_bytes_per_token(self._model.config, self._model.dtype)
-        return shape.num_tokens * each // self._limits.row_multiple
+    def _kept_bytes(self, shape: Shape, layers: int) -> int:
+        """What a micro-batch has on each device between its two passes if it keeps so many layers' activations."""
+        config, dtype = self._model.config, self._model.dtype
+        inputs = memory.layer_input_bytes_per_token(config, dtype)
+        share = (memory.kept_bytes_per_token(config, dtype) - inputs) * layers // config.num_layers
+        return shape.num_tokens * (inputs + share) // self._limits.row_multiple
 
     # ---- failures ---------------------------------------------------------------------------------------------
 
@@ -245,9 +254,13 @@ class Passes:
     def _can_shrink(self, batch: MicroBatch, forward_only: bool) -> bool:
         """Make this micro-batch's kind need less memory from now on; False if it can't."""
         shape = batch.shape
-        if not forward_only and self._keeps(shape):
-            self._activation_bytes = self._kept_bytes(shape) // 2
-            log.warning("out of memory: layers of more than %d tokens are computed twice", shape.num_tokens // 2)
+        kept = 0 if forward_only else self._kept_layers(shape)
+        if kept:
+            self._activation_bytes = self._kept_bytes(shape, kept // 2)
+            log.warning(
+                "out of memory: of %d tokens the activations of %d layers are kept, no longer of %d",
+                shape.num_tokens, self._kept_layers(shape), kept,
+            )  # fmt: skip
             return True
         limits = smaller(batch, self._limits)
         if limits is not None:
