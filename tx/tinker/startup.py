@@ -38,7 +38,7 @@ _PROGRESS_EVERY_S = 2.0
 
 _MEMORY_SHARES = frozenset({"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"})
 _MEMORY_SHARE = "0.9"
-"""Of an accelerator's memory. JAX's own is 0.75: of 80 GB, 12 less, or the activations of 5,000 tokens of a 4B model."""
+"""Of an accelerator's memory. JAX's own is 0.75: of 80 GB, 12 less, what 5,000 tokens of a 4B model keep."""
 
 
 @dataclass(frozen=True)
