@@ -40,9 +40,6 @@ HEAD_TOKENS_CPU = 128
 HEAD_BYTES_GPU = 512 << 20
 """Positions, or float32 logits, of one chunk of the head: enough to be compute-bound, few enough to skip others."""
 
-LEAST_KEPT = 0.25
-"""Of all layers. Keeping fewer of them saves less than two more programs per shape are worth."""
-
 
 @dataclass
 class Job:
@@ -211,12 +208,14 @@ class Passes:
         current.cost.add(batch.num_tokens, batch.shape.num_tokens, self._clock() - began, cost)
 
     def _kept_layers(self, shape: Shape) -> int:
-        """Of how many layers the backward pass of this shape finds the activations; it computes the others again."""
+        """Of how many layers the backward pass of this shape finds the activations; it computes the others again.
+
+        In quarters: fewer would not be worth two more programs, and where a little less memory is free at the next
+        start, a replay rounds as the first time.
+        """
         num_layers, room = self._model.config.num_layers, self._activation_bytes
-        if room is None:
-            return num_layers
-        kept = next((count for count in range(num_layers, 0, -1) if self._kept_bytes(shape, count) <= room), 0)
-        return kept if kept >= LEAST_KEPT * num_layers else 0
+        counts = (num_layers * quarters // 4 for quarters in (4, 3, 2, 1))
+        return next((count for count in counts if room is None or self._kept_bytes(shape, count) <= room), 0)
 
     def _kept_bytes(self, shape: Shape, layers: int) -> int:
         """What a micro-batch has on each device between its two passes if it keeps so many layers' activations."""
