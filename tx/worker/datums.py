@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -87,7 +87,6 @@ class HostBatch:
         starts: where in its row each token's datum begins.
         order: which positions the head looks at first.
         loss: arrays of LossBatch.
-        has_sequence_ratios: whether a loss needs ``sequence_log_ratio``; the host's alone.
     """
 
     tokens: Any
@@ -96,7 +95,11 @@ class HostBatch:
     targets: Any
     order: Order
     loss: LossBatch
-    has_sequence_ratios: bool = field(metadata={"static": True})
+
+    @property
+    def has_sequence_ratios(self) -> bool:
+        """Whether a loss needs ``sequence_log_ratio``; asked while the arrays are numpy."""
+        return bool((self.loss.loss_id == LOSS_IDS["gspo"]).any())
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,7 @@ def lay_out(rows: Sequence[Sequence[Given]], shape: Shape) -> HostBatch:
             begin += length
     datum_ids = starts + shape.length * np.arange(shape.rows, dtype=np.int32)[:, None]
     loss = LossBatch(loss_id=loss_id, datum=datum_ids, weights=weights, **planes)
-    gspo = bool((loss_id == LOSS_IDS["gspo"]).any())
-    return HostBatch(tokens, positions, starts, targets, _order(loss), loss, gspo)
+    return HostBatch(tokens, positions, starts, targets, _order(loss), loss)
 
 
 _INPUTS = {

@@ -113,8 +113,7 @@ class Layerwise:
                 saved.append((x, None))
             x = y
         if host.has_sequence_ratios:  # all logprobs of a datum come before the loss of its first position
-            loss = _with_sequence_ratios(self._score(trained, x, batch), batch.loss)
-            batch = replace(batch, loss=loss, has_sequence_ratios=False)
+            batch = replace(batch, loss=_with_sequence_ratios(self._score(trained, x, batch), batch.loss))
         sums_of_head = None if accumulators is None else tuple(adapter.unembed for adapter in accumulators)
         dx, of_head, logprobs, losses, finite = self._ends.gradient(
             self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
@@ -125,10 +124,10 @@ class Layerwise:
             sums = None if accumulators is None else tuple(adapter.layers[index] for adapter in accumulators)
             entered, kept = saved.pop()
             inputs = (weights, _sites(trained, index), entered, *rest)
-            if index >= first_kept:
-                dx, sums, finite = programs.backward(inputs, kept, dx, sums, finite)
-            else:
+            if kept is None:
                 dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)
+            else:
+                dx, sums, finite = programs.backward(inputs, kept, dx, sums, finite)
             layers.append(sums)
         gradients = tuple(
             Adapter(tuple(sums[which] for sums in reversed(layers)), unembed) for which, unembed in enumerate(of_head)
