@@ -28,9 +28,9 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without the server's own variables, on CPU."""
+    """This process's environment without the server's own variables, on CPU; what tests wait for is compiled first."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TX_")}
-    return kept | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TX_COMPILE_AHEAD": "no"}
 
 
 COMPILE_CACHE = Path(__file__).parents[2] / ".pytest_cache" / "xla"

@@ -12,6 +12,7 @@ import pyrage
 import pytest
 from sqlmodel import select
 
+from tests.support.compilations import compilations
 from tests.tinker.engine_bench import BASE, Bench, Client, body_of, datum, new_worker
 from tx.models import peft_import
 from tx.tinker import engine as engine_module
@@ -45,6 +46,15 @@ def fails(job, category: str, *words: str) -> None:
     assert (job.status, job.category) == ("failed", category), job.error
     for word in words:
         assert word in job.error
+
+
+def test_while_idle_it_compiles_what_models_are_likely_to_train_with(tmp_path, sqlite_url, tiny_qwen3):
+    worker = Worker(tiny_qwen3, BASE, max_lora_rank=64)  # a rank that no other test here has
+    worker.compile_ahead()
+    bench, rounds = Bench(tmp_path, sqlite_url, tiny_qwen3, worker), itertools.count()
+    with compilations() as compiled:
+        bench.engine.run(lambda: "jit(backward)" in compiled or next(rounds) > 1000)
+    assert "jit(backward)" in compiled
 
 
 # ---- training ----

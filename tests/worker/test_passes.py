@@ -122,11 +122,11 @@ def test_c10_out_of_memory_shrinks_what_runs_and_then_fails_one_job(lab: Lab, mo
     room = 16
     real, calls = Layerwise.forward_backward, []
 
-    def small_device(self, trained, accumulators, host, *, kept_layers):
+    def small_device(self, trained, accumulators, host, *, kept_layers, call):
         calls.append((host.tokens.shape, kept_layers))
         if host.tokens.size > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return real(self, trained, accumulators, host, kept_layers=kept_layers)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers, call=call)
 
     monkeypatch.setattr(Layerwise, "forward_backward", small_device)
     store, trainer = lab.trainer()
@@ -158,11 +158,11 @@ def test_a_failure_halves_what_is_kept_on_any_mesh(lab: Lab, monkeypatch: pytest
     """What was kept on each of two devices is too much from then on: one layer of the shape, both of a smaller one."""
     real, calls = Layerwise.forward_backward, []
 
-    def fails_once(self, trained, accumulators, host, *, kept_layers):
+    def fails_once(self, trained, accumulators, host, *, kept_layers, call):
         calls.append((host.tokens.shape, kept_layers))
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return real(self, trained, accumulators, host, kept_layers=kept_layers)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers, call=call)
 
     monkeypatch.setattr(Layerwise, "forward_backward", fails_once)
     passes = one_model(lab, Limits(64, 0, 64, row_multiple=2, packed=False))
@@ -176,9 +176,9 @@ def test_as_many_layers_are_kept_as_there_is_room(lab: Lab, monkeypatch: pytest.
     """Room for a share of what both of two layers need, their inputs included."""
     calls, real = [], Layerwise.forward_backward
 
-    def spy(self, trained, accumulators, host, *, kept_layers):
+    def spy(self, trained, accumulators, host, *, kept_layers, call):
         calls.append(kept_layers)
-        return real(self, trained, accumulators, host, kept_layers=kept_layers)
+        return real(self, trained, accumulators, host, kept_layers=kept_layers, call=call)
 
     monkeypatch.setattr(Layerwise, "forward_backward", spy)
     whole = 32 * memory.kept_bytes_per_token(lab.model.config, np.float32)

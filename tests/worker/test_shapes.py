@@ -51,9 +51,9 @@ def test_padded_length_is_the_smallest_that_holds_the_row(length: int, max_conte
 
 @given(st.integers(SHORTEST, 100_000))
 def test_padding_of_a_row(length: int):
-    """Half of a short packed row at most, a third between 257 and 512, a fifth of longer ones; of one datum a third."""
+    """Half of a packed row of up to 128 at most, a fifth of longer ones; of one datum a third up to 512."""
     waste = 1 - length / padded_length(length, context(200_000))
-    assert waste < (1 / 2 if length <= 256 else 1 / 3 if length <= 512 else 1 / 5)
+    assert waste < (1 / 2 if length <= 128 else 1 / 5)
     waste = 1 - length / padded_length(length, context(200_000, packed=False))
     assert waste < (1 / 3 if length <= 512 else 1 / 5)
 
@@ -61,18 +61,18 @@ def test_padding_of_a_row(length: int):
 def test_the_lengths_are_few():
     assert list(lengths(context(100))) == [16, 32, 64, 100]
     assert list(lengths(context(100, packed=False))) == [16, 24, 32, 48, 64, 96, 100]
-    long = [192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1300]
-    assert list(lengths(context(1300))) == [16, 32, 64, 128, *long]
-    assert list(lengths(context(1300, packed=False))) == [16, 24, 32, 48, 64, 96, 128, *long]
+    long = [512, 640, 768, 896, 1024, 1280, 1300]
+    assert list(lengths(context(1300))) == [16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 448, *long]
+    assert list(lengths(context(1300, packed=False))) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, *long]
     assert list(lengths(context(10))) == [10]
-    for packed, counts in ((True, [24, 28, 32]), (False, [27, 31, 35])):
+    for packed, counts in ((True, [28, 32, 36]), (False, [27, 31, 35])):
         assert [len(list(lengths(context(most, packed)))) for most in (8_192, 16_384, 32_768)] == counts
         assert not [length for length in lengths(context(32_768, packed)) if length % 8]
 
 
 def test_the_worked_examples_of_the_docstrings():
-    assert [padded_length(length, context(9000)) for length in (70, 300, 1025, 8500)] == [128, 384, 1280, 9000]
-    assert padded_length(70, context(9000, packed=False)) == 96
+    assert [padded_length(length, context(9000)) for length in (70, 300, 1025, 8500)] == [128, 320, 1280, 9000]
+    assert [padded_length(length, context(9000, packed=False)) for length in (70, 300)] == [96, 384]
     limits = Limits(64 * 8, 0, 1024, packed=False)
     assert max_rows(64, limits) == 8
     assert rows_for(7, 64, limits) == 8
@@ -106,11 +106,11 @@ def test_a_row_is_filled_to_a_padded_length_within_the_budget(tokens: int, max_c
 def test_the_number_of_programs():
     """Packed, one per length up to the budget or the longest datum; else one per power of two of rows as well."""
     packed = all_shapes(Limits(2048, 0, 8192), longest=2048)
-    assert packed == [Shape(1, length, 1) for length in list(lengths(context(8192)))[:16]]
-    assert len(all_shapes(Limits(2048, 0, 8192), longest=20_000)) == 24
+    assert packed == [Shape(1, length, 1) for length in list(lengths(context(8192)))[:20]]
+    assert len(all_shapes(Limits(2048, 0, 8192), longest=20_000)) == 28
     assert {shape.rows for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)} == {8}
     assert [shape.length for shape in all_shapes(Limits(2048, 0, 8192, row_multiple=8), longest=64)] == [
-        16, 32, 64, 128, 192, 256,
+        16, 32, 64, 128, 160, 192, 224, 256,
     ]  # fmt: skip
     single = all_shapes(Limits(256, 0, 8192, packed=False), longest=256)
     assert single == [
@@ -126,7 +126,7 @@ def test_the_numbers_of_programs_in_the_guide():
     """Of the default budgets: 512 tokens on a CPU, 8,192 on a GPU, in a context of Qwen3's."""
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "training.md").read_text()
     cpu, gpu = Limits(512, 0, 40_960), Limits(8192, 0, 40_960, packed=False)
-    assert len(all_shapes(cpu, longest=512)) == 8
-    assert "requests meet eight shapes per padded rank" in guide
-    assert f"datums of up to 8,192 tokens {len(all_shapes(cpu, longest=8192)) - 8} more" in guide
+    assert len(all_shapes(cpu, longest=512)) == 12
+    assert "requests meet twelve shapes per padded rank" in guide
+    assert f"datums of up to 8,192 tokens {len(all_shapes(cpu, longest=8192)) - 12} more" in guide
     assert f"up to {len(all_shapes(gpu, longest=8192))} shapes of rows × length" in guide

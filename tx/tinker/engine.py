@@ -161,8 +161,8 @@ class Engine:
         return worked or self._replan or (bool(self._rebuilds) and not self._work.reads)
 
     def _wait(self) -> None:
-        if self._signal.wait(_FILES_WAIT_S if self._work.writes or self._work.reads else _IDLE_WAIT_S):
-            self._look = True
+        with self._worker.idle():
+            self._look |= self._signal.wait(_FILES_WAIT_S if self._work.writes or self._work.reads else _IDLE_WAIT_S)
 
     # ---- 2: claim ---------------------------------------------------------------------------------------------
 
@@ -482,6 +482,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)
             if not stopping.is_set():
                 collect_seldom()
+                if config.compile_ahead and not config.enforce_eager:
+                    ready.worker.compile_ahead()
                 ready.registration.update("ready", decode_slots=ready.worker.decode_slots)
                 say_ready()
                 log.info("ready")

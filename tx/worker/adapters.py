@@ -25,6 +25,7 @@ from tx.layers.lora import Adapter, LoraSite, LoraWeights, adapter_sharding, exp
 from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
+from tx.worker.ahead import Call, directly
 from tx.worker.parking import Parking
 from tx.worker.shapes import padded_rank, power_of_two
 
@@ -165,7 +166,25 @@ class AdapterStore:
 
     def ranks(self, model_id: str) -> Ranks:
         """True ranks, padded ranks and scalings of the model's adapter."""
-        return self._ranks(self.lora(model_id))
+        return self.ranks_of(self.lora(model_id))
+
+    def ranks_of(self, lora: LoraConfig) -> Ranks:
+        """The same of an adapter that need not exist."""
+        return ranks(lora, self._model.config.num_experts_per_tok)
+
+    def outline(self, lora: LoraConfig) -> Adapter:
+        """Shapes and places of such an adapter's arrays, as ``jax.ShapeDtypeStruct``."""
+
+        def leaf(site: LoraSite) -> LoraWeights:
+            columns = self.ranks_of(lora).columns(site)
+            places = adapter_sharding(site, self._model.mesh, columns)
+            a, b = site_shapes(site, columns)
+            return LoraWeights(
+                jax.ShapeDtypeStruct(a, jnp.float32, sharding=places.a),
+                jax.ShapeDtypeStruct(b, jnp.float32, sharding=places.b),
+            )
+
+        return self._tree(lora, leaf)
 
     def state(self, model_id: str) -> TrainingState:
         """The model's state on the device, restored if it was parked; NotFound, or ModelLost if it can't be."""
@@ -227,10 +246,7 @@ class AdapterStore:
     # ---- between ModelState's names and the pytree ------------------------------------------------------------
 
     def _initial(self, site: LoraSite, lora: LoraConfig) -> tuple[np.ndarray, np.ndarray]:
-        return initial_weights(site, self._ranks(lora).true_columns(site), lora.seed)
-
-    def _ranks(self, lora: LoraConfig) -> Ranks:
-        return ranks(lora, self._model.config.num_experts_per_tok)
+        return initial_weights(site, self.ranks_of(lora).true_columns(site), lora.seed)
 
     def _checked(
         self,
@@ -247,7 +263,7 @@ class AdapterStore:
             given = [left.pop(name, None) for name in names]
             if given[0] is None and given[1] is None:
                 given = list(missing(site, lora))
-            shapes = site_shapes(site, self._ranks(lora).true_columns(site))
+            shapes = site_shapes(site, self.ranks_of(lora).true_columns(site))
             for name, array, shape in zip(names, given, shapes, strict=True):
                 if array is None or array.shape != shape:
                     got = f"{what} with {name} of shape {None if array is None else array.shape}"
@@ -270,7 +286,7 @@ class AdapterStore:
         self.replace(model_id, on_device)
 
     def _padded(self, arrays: Mapping[str, np.ndarray], lora: LoraConfig) -> Adapter:
-        padded = self._ranks(lora)
+        padded = self.ranks_of(lora)
         pad = lambda site: padded_site(
             arrays[site.name + ".lora_A"], arrays[site.name + ".lora_B"], padded.columns(site)
         )
@@ -281,7 +297,7 @@ class AdapterStore:
         for site in trained_sites(self._sites, lora):
             weights = adapter.unembed if site.layer is None else adapter.layers[site.layer][site.key]
             assert weights is not None
-            rank = self._ranks(lora).true_columns(site)
+            rank = self.ranks_of(lora).true_columns(site)
             # Copies: device_get may hand out a view of a buffer that the next optimizer step reuses.
             named[site.name + ".lora_A"] = np.asarray(weights.a)[..., :rank].copy()
             named[site.name + ".lora_B"] = np.asarray(weights.b)[..., :rank, :].copy()
@@ -300,7 +316,7 @@ class AdapterStore:
     # ---- between host and device ------------------------------------------------------------------------------
 
     def _to_device(self, state: TrainingState, lora: LoraConfig) -> TrainingState:
-        padded = self._ranks(lora)
+        padded = self.ranks_of(lora)
         places = self._tree(lora, lambda site: adapter_sharding(site, self._model.mesh, padded.columns(site)))
         grads = None if state.grads is None else places
         return jax.device_put(state, replace(state, weights=places, mu=places, nu=places, grads=grads))
@@ -314,10 +330,10 @@ class AdapterStore:
 # ---- adapters as arrays ---------------------------------------------------------------------------------------------
 
 
-def zeros_like(like: Adapter) -> Adapter:
+def zeros_like(like: Adapter, *, call: Call = directly) -> Adapter:
     """Zeros in the places of ``like``: elsewhere, whoever adds to it would be compiled twice."""
     leaves, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, _zeros_at(leaves, tuple(leaf.sharding for leaf in leaves)))
+    return jax.tree.unflatten(tree, call(_zeros_at, leaves, tuple(leaf.sharding for leaf in leaves)))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from tx.layers.attention import Packed, keeps_cudnn
 from tx.layers.logprobs import loss_and_gradient, target_logprobs
@@ -29,6 +29,7 @@ from tx.layers.lora import KEPT, Adapter, LoraSite, LoraWeights, adapter_shardin
 from tx.layers.sharding import sharding
 from tx.layers.stack import LayerLora
 from tx.models.loading import LoadedModel
+from tx.worker.ahead import Call, Value, directly
 from tx.worker.datums import HostBatch
 from tx.worker.losses import LossBatch, position_losses, with_sequence_ratios
 
@@ -51,10 +52,10 @@ class Trained:
 class Outputs:
     """On the device: logprobs [row seq k], losses [row seq]; gradients per adapter, and whether all are finite."""
 
-    logprobs: Float[Array, "row seq k"]
-    losses: Float[Array, "row seq"]
+    logprobs: Float[Value, "row seq k"]
+    losses: Float[Value, "row seq"]
     gradients: tuple[Adapter, ...] = ()
-    finite: Bool[Array, ""] | bool = True
+    finite: Bool[Value, ""] | bool = True
 
 
 class Layerwise:
@@ -80,19 +81,25 @@ class Layerwise:
             axes = tuple((key, site.in_axis, site.out_axis, site.num_experts) for key, site in sorted(sites.items()))
             self._layers.append((_layer_programs(graphdef, model.mesh, axes), weights))
 
-    def forward(self, trained: Trained, host: HostBatch) -> Outputs:
+    def forward(self, trained: Trained, host: HostBatch, *, call: Call = directly) -> Outputs:
         """Logprobs and losses."""
         batch = self._to_device(host)
-        x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
+        x, rope = call(self._ends.embed, self._model.weights, batch.tokens, batch.positions)
         rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
         for index, (programs, weights) in enumerate(self._layers):
-            x = programs.forward(weights, _sites(trained, index), x, *rest)
-        logprobs = self._score(trained, x, batch)
+            x = call(programs.forward, weights, _sites(trained, index), x, *rest)
+        logprobs = self._score(trained, x, batch, call)
         loss = _with_sequence_ratios(logprobs, batch.loss) if host.has_sequence_ratios else batch.loss
-        return Outputs(logprobs, _position_losses(logprobs, loss))
+        return Outputs(logprobs, call(_position_losses, logprobs, loss))
 
     def forward_backward(
-        self, trained: Trained, accumulators: tuple[Adapter, ...] | None, host: HostBatch, *, kept_layers: int
+        self,
+        trained: Trained,
+        accumulators: tuple[Adapter, ...] | None,
+        host: HostBatch,
+        *,
+        kept_layers: int,
+        call: Call = directly,
     ) -> Outputs:
         """The same, and the accumulators, which are consumed, with this micro-batch's gradients added.
 
@@ -100,23 +107,23 @@ class Layerwise:
         backward pass finds the activations: it begins with them, so there is room when others are computed again.
         """
         batch = self._to_device(host)
-        x, rope = self._ends.embed(self._model.weights, batch.tokens, batch.positions)
+        x, rope = call(self._ends.embed, self._model.weights, batch.tokens, batch.positions)
         rest = (rope, batch.positions, self._place(batch), trained.gate, trained.expert_gate)
         saved: list[Any] = []
         first_kept = len(self._layers) - kept_layers
         for index, (programs, weights) in enumerate(self._layers):
             if index >= first_kept:
-                y, kept = programs.keep(weights, _sites(trained, index), x, *rest)
+                y, kept = call(programs.keep, weights, _sites(trained, index), x, *rest)
                 saved.append((x, kept))
             else:
-                y = programs.forward(weights, _sites(trained, index), x, *rest)
+                y = call(programs.forward, weights, _sites(trained, index), x, *rest)
                 saved.append((x, None))
             x = y
         if host.has_sequence_ratios:  # all logprobs of a datum come before the loss of its first position
-            batch = replace(batch, loss=_with_sequence_ratios(self._score(trained, x, batch), batch.loss))
+            batch = replace(batch, loss=_with_sequence_ratios(self._score(trained, x, batch, call), batch.loss))
         sums_of_head = None if accumulators is None else tuple(adapter.unembed for adapter in accumulators)
-        dx, of_head, logprobs, losses, finite = self._ends.gradient(
-            self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
+        dx, of_head, logprobs, losses, finite = call(
+            self._ends.gradient, self._model.weights, _unembeds(trained), sums_of_head, x, trained.gate, batch
         )
         layers: list[tuple[Sites, ...]] = []
         for index in reversed(range(len(self._layers))):
@@ -125,17 +132,17 @@ class Layerwise:
             entered, kept = saved.pop()
             inputs = (weights, _sites(trained, index), entered, *rest)
             if kept is None:
-                dx, sums, finite = programs.backward_again(inputs, dx, sums, finite)
+                dx, sums, finite = call(programs.backward_again, inputs, dx, sums, finite)
             else:
-                dx, sums, finite = programs.backward(inputs, kept, dx, sums, finite)
+                dx, sums, finite = call(programs.backward, inputs, kept, dx, sums, finite)
             layers.append(sums)
         gradients = tuple(
             Adapter(tuple(sums[which] for sums in reversed(layers)), unembed) for which, unembed in enumerate(of_head)
         )
         return Outputs(logprobs, losses, gradients, finite)
 
-    def _score(self, trained: Trained, x: Any, batch: HostBatch) -> Any:
-        return self._ends.score(self._model.weights, _unembeds(trained), x, trained.gate, batch.targets)
+    def _score(self, trained: Trained, x: Any, batch: HostBatch, call: Call) -> Any:
+        return call(self._ends.score, self._model.weights, _unembeds(trained), x, trained.gate, batch.targets)
 
     def _to_device(self, host: HostBatch) -> HostBatch:
         mesh = self._model.mesh

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from tx.errors import InvalidInput
 from tx.layers.lora import Adapter
 from tx.types import AdamParams
+from tx.worker.ahead import Call, Value, directly
 
 CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch does."""
@@ -74,8 +75,8 @@ def step_sizes(params: AdamParams, step: int) -> StepSizes:
 
 
 def adamw(
-    weights: Adapter, mu: Adapter, nu: Adapter, grads: Adapter, sizes: StepSizes
-) -> tuple[Adapter, Adapter, Adapter, Float[Array, ""]]:
+    weights: Adapter, mu: Adapter, nu: Adapter, grads: Adapter, sizes: StepSizes, *, call: Call = directly
+) -> tuple[Adapter, Adapter, Adapter, Float[Value, ""]]:
     """One step: (weights, mu, nu, norm of the gradients before clipping). Weights and moments given are consumed.
 
     A few layers at a time, so that layers of one kind share a program: as one program, SmolLM2's step compiles for 3 s.
@@ -83,8 +84,8 @@ def adamw(
     tree = jax.tree.structure(weights)
     leaves = [jax.tree.leaves(state) for state in (weights, mu, nu, grads)]
     pieces = _pieces(weights)
-    norm, factor = _clipping([_sum_of_squares(leaves[3][piece]) for piece in pieces], sizes.clip_norm)
-    stepped = [_step(*(arrays[piece] for arrays in leaves), sizes, factor) for piece in pieces]
+    norm, factor = call(_clipping, [call(_sum_of_squares, leaves[3][piece]) for piece in pieces], sizes.clip_norm)
+    stepped = [call(_step, *(arrays[piece] for arrays in leaves), sizes, factor) for piece in pieces]
     weights, mu, nu = (
         jax.tree.unflatten(tree, [leaf for arrays in stepped for leaf in arrays[which]]) for which in range(3)
     )

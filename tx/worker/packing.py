@@ -54,7 +54,7 @@ class MicroBatch:
 def plan(pieces: Iterable[Piece], limits: Limits) -> list[MicroBatch]:
     """All datums in micro-batches, the longest first; each datum appears exactly once.
 
-    Example, a budget of 256: datums of 300, 200, 100, 40 and 20 positions run as rows of 384 = {300, 20}, which is
+    Example, a budget of 256: datums of 300, 200, 100, 40 and 20 positions run as rows of 320 = {300, 20}, which is
     longer than the budget because its first datum is, 256 = {200, 40} and 128 = {100}. Not packed, they run as 1 x 384,
     1 x 256, 1 x 128, 1 x 48 and 1 x 24.
     """

@@ -28,6 +28,7 @@ from tx.models.loading import LoadedModel
 from tx.types import Finished, ForwardBackward, ForwardBackwardResult
 from tx.worker import datums, memory
 from tx.worker.adapters import AdapterStore, Ranks, add, zeros_like
+from tx.worker.ahead import Call, directly
 from tx.worker.datums import Given
 from tx.worker.layerwise import Layerwise, Outputs, Trained
 from tx.worker.packing import MicroBatch, Piece, plan, smaller
@@ -99,6 +100,7 @@ class Passes:
         gradient_checkpointing: always compute layers again in the backward pass; else only as many as don't fit into
             ``activation_bytes``.
         activation_bytes: what may live between the forward and the backward pass, None for no limit.
+        call: how programs are run (``ahead``).
         clock: seconds, to measure passes by.
     """
 
@@ -110,11 +112,12 @@ class Passes:
         *,
         gradient_checkpointing: bool = False,
         activation_bytes: int | None = None,
+        call: Call = directly,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._store = model, store
         self._limits = limits
-        self._clock = clock
+        self._call, self._clock = call, clock
         self._activation_bytes = 0 if gradient_checkpointing else activation_bytes
         on_gpu = model.mesh.devices.flat[0].platform == "gpu"
         gpu_chunk = HEAD_BYTES_GPU * model.mesh.shape["tp"] // (4 * model.config.vocab_size)
@@ -178,11 +181,19 @@ class Passes:
         """
         host = datums.lay_out([[jobs[p.job_id].given(p.index) for p in row] for row in batch.rows], batch.shape)
         if forward_only:
-            outputs = self._layerwise.forward(trained, host)
+            outputs = self._layerwise.forward(trained, host, call=self._call)
         else:
-            outputs = self._layerwise.forward_backward(trained, sums, host, kept_layers=self._kept_layers(batch.shape))
+            kept = self._kept_layers(batch.shape)
+            outputs = self._layerwise.forward_backward(trained, sums, host, kept_layers=kept, call=self._call)
         _read(batch, jobs, outputs)
         return outputs.gradients
+
+    def rehearse(self, weights: Adapter, ranks: Ranks, shape: Shape, call: Call) -> None:
+        """``call`` each program of a forward_backward of this shape; nothing changes, ``weights`` may be shapes."""
+        host = datums.lay_out([()] * shape.rows, shape)
+        sums = (zeros_like(weights, call=call),)
+        trained = with_scalings([weights], [ranks], ranks.padded[0])
+        self._layerwise.forward_backward(trained, sums, host, kept_layers=self._kept_layers(shape), call=call)
 
     # ---- a micro-batch ----------------------------------------------------------------------------------------
 
@@ -198,7 +209,7 @@ class Passes:
         trained = Trained((), None, None) if is_base else with_scalings([state.weights], [ranks], ranks.padded[0])
         sums: tuple[Adapter, ...] | None = None
         if not current.forward_only:
-            sums = (zeros_like(state.weights) if current.accumulator is None else current.accumulator,)
+            sums = (zeros_like(state.weights, call=self._call) if current.accumulator is None else current.accumulator,)
             current.accumulator = None  # consumed, whatever happens
         began = self._clock()
         gradients = self.compute(batch, current.jobs, trained, sums, current.forward_only)

@@ -1,13 +1,12 @@
 """The small fixed set of padded shapes that training programs are compiled for. No JAX.
 
-Row lengths are 16, 32, 64, 128, 192, 256, 384, 512 and from there on in steps of a quarter (640, 768, 896, 1024, …):
-24 up to 8,192, four more for each doubling. Packed, every length is one shape; else one for each number of rows, and
-there are 24, 48 and 96 as well.
+Packed rows are 16, 32, 64, 128 positions long and from there on in steps of a quarter (160, 192, 224, 256, 320, …): 28
+lengths up to 8,192, four more for each doubling, each of them one shape. A row that is not the pass's last is full; the
+last one, or the only one of a small request, wastes less than a fifth of it, or half where it takes no time anyway.
 
-Packed rows are filled with several datums, so their lengths can be coarse below 512; a long datum fills its row mostly
-alone and wastes less than a fifth of it. A row of one datum has only its length to fit it by: it wastes less than a
-third. Rows of one length are powers of two under a token budget. Everything else a program could depend on (which loss,
-its config, learning rates) is data, not shape.
+A row of one datum is 16, 24, 32, 48, … positions long, from 512 on in steps of a quarter, and wastes less than a third;
+there is a shape for each power of two of rows under the token budget. Everything else a program could depend on (which
+loss, its config, learning rates) is data, not shape.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from dataclasses import dataclass
 SHORTEST = 16
 """Shorter rows are padded to this many positions: their programs would save nothing."""
 
-_COARSE_UNTIL = 128
-"""Packed, lengths double up to here."""
-
-_FINE_FROM = 512
+_QUARTERS_FROM = 128
+_QUARTERS_FROM_NOT_PACKED = 512
+"""Positions from which on lengths grow in steps of a quarter."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +82,18 @@ def lengths(limits: Limits) -> Iterator[int]:
 
 
 def _step(length: int, packed: bool) -> int:
-    """To the next length: half of the power of two below, from 512 on a quarter; packed, all of it up to 128."""
+    """To the next length: a quarter of the power of two below; of short rows half of it or, packed, all of it."""
     below = 1 << (length.bit_length() - 1)
-    if packed and length < _COARSE_UNTIL:
-        return below
-    return below // 2 if below < _FINE_FROM else below // 4
+    if packed:
+        return below if below < _QUARTERS_FROM else below // 4
+    return below // 2 if below < _QUARTERS_FROM_NOT_PACKED else below // 4
 
 
 def padded_length(length: int, limits: Limits) -> int:
     """The smallest padded length that holds ``length`` positions.
 
-    Example: 70 positions become 128, or 96 not packed; 300 become 384, 1,025 become 1,280; in a context of 9,000, 8,500
-    become 9,000.
+    Example: 70 positions become 128, or 96 not packed; 300 become 320, or 384 not packed; 1,025 become 1,280; in a
+    context of 9,000, 8,500 become 9,000.
     """
     if length > limits.max_context:
         raise ValueError(f"a row of {length} positions in a context of {limits.max_context}")

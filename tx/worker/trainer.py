@@ -6,20 +6,26 @@ are an exception: those that wait at several models run as rows of one micro-bat
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 
 from tx.errors import ModelLost
 from tx.models.loading import LoadedModel
-from tx.types import AdamParams, Finished, ForwardBackward
+from tx.types import AdamParams, Finished, ForwardBackward, LoraConfig
 from tx.worker import datums, optimizer
 from tx.worker.adapters import AdapterStore, TrainingState, zeros_like
+from tx.worker.ahead import Ahead, Call
 from tx.worker.passes import Job, Passes
 from tx.worker.shapes import Limits, Shape, all_shapes
 from tx.worker.together import Together
+
+LIKELY_LENGTH = 512
+"""Positions of rows that are compiled ahead first."""
 
 
 class Trainer:
@@ -30,6 +36,7 @@ class Trainer:
         micro_batch_rows: cap on its datums, 0 is off.
         max_context: longest datum accepted.
         gradient_checkpointing, activation_bytes: see ``Passes``.
+        ahead: what is to be compiled ahead.
         clock: seconds, to measure passes and to wait for other models by.
     """
 
@@ -43,9 +50,11 @@ class Trainer:
         gradient_checkpointing: bool = False,
         max_context: int,
         activation_bytes: int | None = None,
+        ahead: Ahead | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._store = store
+        self._ahead = ahead or Ahead()
         self._vocab_size, self._max_context = model.config.vocab_size, max_context
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         on_gpu = model.mesh.devices.flat[0].platform == "gpu"  # there cuDNN attends, one datum per row
@@ -55,6 +64,7 @@ class Trainer:
             Limits(micro_batch_tokens, micro_batch_rows, max_context, shards, packed=not on_gpu),
             gradient_checkpointing=gradient_checkpointing,
             activation_bytes=activation_bytes,
+            call=self._ahead.call,
             clock=clock,
         )
         self._together = Together(model, store, self._passes, clock)
@@ -125,8 +135,9 @@ class Trainer:
         grads = state.grads if state.grads is not None else zeros_like(state.weights)
         sizes = optimizer.step_sizes(params, state.step + 1)
         try:
-            weights, mu, nu, norm = optimizer.adamw(state.weights, state.mu, state.nu, grads, sizes)
-            metrics = {"grad_norm:mean": float(norm)}
+            call = self._ahead.call
+            weights, mu, nu, norm = optimizer.adamw(state.weights, state.mu, state.nu, grads, sizes, call=call)
+            metrics = {"grad_norm:mean": float(jax.device_get(norm))}
         except jax.errors.JaxRuntimeError as error:
             self._store.drop(model_id)  # its arrays were donated
             raise ModelLost(f"the optimizer step of {model_id} failed on the device: {error}") from error
@@ -138,6 +149,25 @@ class Trainer:
         """Of data up to the token budget with one target per position; longer ones have few programs each."""
         limits = self._passes.limits
         return all_shapes(limits, longest=limits.tokens)
+
+    def expect(self, lora: LoraConfig, *, soon: bool = False) -> None:
+        """Such a model is likely to train: have its usual programs compiled ahead, if ``soon`` before those of others.
+
+        Of each length only the most rows, for fewer are over sooner; lengths near ``LIKELY_LENGTH`` first.
+        """
+        ranks = self._store.ranks_of(lora)
+        fullest = {shape.length: shape for shape in sorted(self.usual_shapes, key=lambda shape: shape.rows)}
+        shapes = sorted(fullest.values(), key=lambda shape: abs(math.log(shape.length / LIKELY_LENGTH)))
+
+        def compile(shape: Shape, call: Call) -> None:
+            like = self._store.outline(lora)
+            self._passes.rehearse(like, ranks, shape, call)
+            if shape == shapes[0]:
+                optimizer.adamw(like, like, like, like, optimizer.step_sizes(AdamParams(), 1), call=call)
+
+        for shape in shapes:
+            key = (shape, ranks.padded, lora.train_attn, lora.train_mlp, lora.train_unembed, lora.sites)
+            self._ahead.ask(key, partial(compile, shape), next=soon and shape == shapes[0])
 
     # ---- the queue --------------------------------------------------------------------------------------------
 

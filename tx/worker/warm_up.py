@@ -24,7 +24,10 @@ from tx.worker.shapes import Shape, padded_rank
 from tx.worker.snapshots import Snapshot, SnapshotStore
 from tx.worker.trainer import Trainer
 
-_RANKS = (8, 32)
+DEFAULT_RANK = 32
+"""What the SDK asks for, unless it is told otherwise."""
+
+_RANKS = (8, DEFAULT_RANK)
 """Ranks that most recipes ask for."""
 
 _MODEL = "warm-up"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -24,12 +25,14 @@ from tx.layers.kv_cache import BLOCK
 from tx.models.loading import LoadedModel, load_model
 from tx.worker import memory
 from tx.worker.adapters import AdapterStore, TrainingState
+from tx.worker.ahead import Ahead
 from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
 from tx.worker.parking import Parking
 from tx.worker.snapshots import SnapshotStore
+from tx.worker.throughput import matmul_peak
 from tx.worker.trainer import Trainer
-from tx.worker.warm_up import Step, WarmUp, usual_ranks
+from tx.worker.warm_up import DEFAULT_RANK, Step, WarmUp, usual_ranks
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +124,7 @@ class Worker:
         self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters, parking=parking)
         self._snapshots = SnapshotStore(self._model, max_resident=max_lora_adapters)
         room = memory.activation_bytes(mesh.devices.flat[0])
+        self._ahead = Ahead()
         self._trainer = Trainer(
             self._model,
             self._adapters,
@@ -129,6 +133,7 @@ class Worker:
             gradient_checkpointing=gradient_checkpointing,
             max_context=self.card.max_context,
             activation_bytes=room,
+            ahead=self._ahead,
         )
         slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
         kv_blocks = self._kv_blocks(kv_cache_memory, slots)
@@ -181,6 +186,7 @@ class Worker:
         """A fresh adapter; raises InvalidInput if its rank is not in [1, --max-lora-rank]."""
         self._check_rank(lora)
         self._adapters.create(model_id, lora)
+        self._trainer.expect(lora, soon=True)
 
     def drop_model(self, model_id: str) -> None:
         """Forget a model and its queued training; unknown ids are fine."""
@@ -281,6 +287,27 @@ class Worker:
         return self._generator.slice()
 
     # ---- warm-up ----------------------------------------------------------------------------------------------
+
+    def compile_ahead(self) -> None:
+        """From now on, compile what models are likely to train with while the worker is ``idle`` (``tx.worker.ahead``).
+
+        That is a model of the usual ranks, the nearest to the SDK's default first, and every one that is created.
+        """
+        self._ahead.start()
+        self._ahead.ask(
+            "the peak", lambda _: matmul_peak(str(jnp.dtype(self._model.dtype)))
+        )  # a step's metrics need it
+        for rank in sorted(usual_ranks(self._max_rank), key=lambda rank: abs(rank - DEFAULT_RANK)):
+            self._trainer.expect(types.LoraConfig(rank, seed=0))
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Within it, the caller has nothing for the worker to do."""
+        return self._ahead.idle()
+
+    def wait_compiled_ahead(self, timeout_s: float) -> bool:
+        """Wait, idle, until all that is expected is compiled; False if it takes longer."""
+        with self.idle():
+            return self._ahead.wait(timeout_s)
 
     def warm_up(self) -> list[Step]:
         """What compiles every usual program, step by step (``tx.worker.warm_up``), before there is any work."""
