@@ -2,15 +2,16 @@
 
 usage: python benchmarks/training_bench.py --data train.jsonl [--base-url URL --model ID --phases …]
 
-| Phase     | Measures                                                                                                 |
-|-----------|----------------------------------------------------------------------------------------------------------|
-| `first`   | forward_backward of 4 × 128 tokens and optim_step on a new model, then both again                        |
-| `sft`     | steps on GSM8K at natural lengths: the first one, warm real tokens per second, the loss                  |
-| `latency` | round trips of forward and forward_backward of 1 × 16 tokens and of optim_step, one at a time            |
-| `publish` | from save_weights_and_get_sampling_client's call to its return, and to the first token sampled from it   |
-| `optim`   | optim_step against the number of models that the server holds, and against the rank                      |
-| `tenants` | the same tokens from 1, 4 and 16 models at once, in problems and in rows of 16 tokens                    |
-| `long`    | forward_backward of one long datum                                                                       |
+| Phase      | Measures                                                                                               |
+|------------|--------------------------------------------------------------------------------------------------------|
+| `first`    | forward_backward of 4 × 128 tokens and optim_step on a new model, then both again                      |
+| `sft`      | steps on GSM8K at natural lengths: the first one, warm real tokens per second, the loss                |
+| `latency`  | round trips of forward and forward_backward of 1 × 16 tokens and of optim_step, one at a time          |
+| `publish`  | from save_weights_and_get_sampling_client's call to its return, and to the first token sampled from it |
+| `optim`    | optim_step against the number of models that the server holds, and against the rank                    |
+| `requests` | 16 requests with a step each, from 1, 4 and 16 models at once; of 4 problems, and of 16 tokens         |
+| `tenants`  | a batch with one step, and shared out to 4 and 16 models with a step each; 16 problems, 16 short rows  |
+| `long`     | forward_backward of one long datum                                                                     |
 
 Only positions of the data count as tokens, never padding. What a phase calls first includes compilation, the other
 figures are warm: of the later half of the steps, or after rounds that are not counted. ``first`` is a cold start only
@@ -28,7 +29,7 @@ from typing import Any
 from bench_client import BenchClient, add_flags, num_positions, numbers, quantile, run_phases
 from tinker import types
 
-PHASES = "first,sft,latency,publish,optim,tenants,long"
+PHASES = "first,sft,latency,publish,optim,requests,tenants,long"
 SHORT_TOKENS = 16
 SHORT_ROUNDS = 4
 """Times as many rounds of short rows: they are over so soon that one recovery point more or less would show."""
@@ -72,21 +73,42 @@ class TrainingBench(BenchClient):
         """Fine-tuning on ragged data."""
         return self.fine_tune()
 
-    def tenants(self) -> dict[str, Any]:
-        """Several models at once: real tokens per second of all together, and their ratio to the first count's."""
-        flags = self.flags
+    def requests(self) -> dict[str, Any]:
+        """The same requests, a step after each, from several models at once."""
+        count, each = max(self.flags.tenants), self.flags.large
         kinds = {
-            "problems": [self.sl_datum() for _ in range(flags.batch)],
-            "short": [self.row(SHORT_TOKENS) for _ in range(flags.batch)],
+            "large": [[self.sl_datum() for _ in range(each)] for _ in range(count)],
+            "short": [[self.row(SHORT_TOKENS)] for _ in range(count)],
         }
-        report: dict[str, Any] = {}
-        for kind, data in kinds.items():
-            report[f"{kind}_tokens"] = num_positions(data)
+        return self.shared({kind: lambda _, requests=requests: requests for kind, requests in kinds.items()})
+
+    def tenants(self) -> dict[str, Any]:
+        """The same batch, a request of one model or shared out to several, each of which takes a step."""
+        kinds = {
+            "problems": [self.sl_datum() for _ in range(self.flags.batch)],
+            "short": [self.row(SHORT_TOKENS) for _ in range(self.flags.batch)],
+        }
+        return self.shared(
+            {
+                kind: lambda count, data=data: [data[index::count] for index in range(count)]
+                for kind, data in kinds.items()
+            }
+        )
+
+    def shared(self, kinds: dict[str, Callable[[int], list[list[types.Datum]]]]) -> dict[str, Any]:
+        """Real tokens per second of all models together, and their ratio to the first count's.
+
+        Every round has the same data, so that neither the tokens nor the shapes differ between counts and rounds.
+        """
+        flags, report = self.flags, {}
+        for kind, requests_of in kinds.items():
             for count in flags.tenants:
+                requests = requests_of(count)
+                num_tokens = sum(map(num_positions, requests))
                 num_rounds = flags.rounds * (SHORT_ROUNDS if kind == "short" else 1)
-                rounds = [self.tenants_round(count, data) for _ in range(WARM_UP + num_rounds)]
-                seconds = statistics.median(rounds[WARM_UP:])
-                report[f"{kind}_{count}_tokens_per_s"] = round(num_positions(data) / seconds, 1)
+                rounds = [self.one_round(count, requests) for _ in range(WARM_UP + num_rounds)]
+                report[f"{kind}_tokens"] = num_tokens
+                report[f"{kind}_{count}_tokens_per_s"] = round(num_tokens / statistics.median(rounds[WARM_UP:]), 1)
                 report[f"{kind}_{count}_round_s"] = [round(value, 3) for value in rounds]
             base = report[f"{kind}_{flags.tenants[0]}_tokens_per_s"]
             for count in flags.tenants[1:]:
@@ -95,15 +117,15 @@ class TrainingBench(BenchClient):
                 )
         return report
 
-    def tenants_round(self, count: int, data: list[types.Datum]) -> float:
-        """Seconds in which ``count`` models share out ``data`` and each takes a step, all requests in flight at once.
-
-        Every round has the same data, so that neither the tokens nor the shapes differ between counts and rounds.
-        """
+    def one_round(self, count: int, requests: list[list[types.Datum]]) -> float:
+        """Seconds in which ``count`` models share out the requests, each with its step, all in flight at once."""
         clients = self.tenants_of(count)
         started = time.monotonic()
-        futures = [client.forward_backward(data[index::count], "cross_entropy") for index, client in enumerate(clients)]
-        futures += [client.optim_step(types.AdamParams(learning_rate=1e-5)) for client in clients]
+        futures = []
+        for index, data in enumerate(requests):
+            client = clients[index % count]
+            futures.append(client.forward_backward(data, "cross_entropy"))
+            futures.append(client.optim_step(types.AdamParams(learning_rate=1e-5)))
         for future in futures:
             future.result()
         return time.monotonic() - started
@@ -192,6 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of sft")
     parser.add_argument("--tenants", type=numbers, default=[1, 4, 16], help="models at once, default: 1,4,16")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of problems per number of tenants")
+    parser.add_argument("--large", type=int, default=4, help="problems of a large request in the phase requests")
     parser.add_argument("--requests", type=int, default=50, help="counted requests of each kind in the phase latency")
     parser.add_argument("--repeats", type=int, default=10, help="counted steps in publish and optim")
     parser.add_argument("--models", type=numbers, default=[1, 4, 16], help="models held in optim, default: 1,4,16")

@@ -11,13 +11,13 @@ import pytest
 from tests.support.server import environment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PHASES = ["first", "sft", "latency", "publish", "optim", "tenants", "long"]
+PHASES = ["first", "sft", "latency", "publish", "optim", "requests", "tenants", "long"]
 
 
 @pytest.mark.slow
 def test_training_bench(drive: Callable[..., dict[str, dict]]) -> None:
     small = ["--batch", "4", "--rank", "8", "--steps", "3", "--rounds", "1", "--requests", "3", "--repeats", "3"]
-    lists = ["--tenants", "1,2", "--models", "1,2", "--ranks", "1,16", "--tokens", "200"]
+    lists = ["--tenants", "1,2", "--models", "1,2", "--ranks", "1,16", "--large", "1", "--tokens", "200"]
     results = drive("training_bench.py", *small, *lists)
     assert list(results) == PHASES
 
@@ -38,19 +38,24 @@ def test_training_bench(drive: Callable[..., dict[str, dict]]) -> None:
     assert optim["models_before"] == 1
     assert all(optim[f"{name}_p50_ms"] > 0 for name in ("models_1", "models_2", "rank_1", "rank_16"))
 
-    tenants = results["tenants"]
-    assert tenants["short_tokens"] == 4 * 16
-    for kind in ("problems", "short"):
-        for count in (1, 2):
-            rounds = tenants[f"{kind}_{count}_round_s"]
-            assert len(rounds) == 2 + (4 if kind == "short" else 1)
-            rate = tenants[f"{kind}_tokens"] / statistics.median(rounds[2:])
-            assert tenants[f"{kind}_{count}_tokens_per_s"] == pytest.approx(rate, rel=0.05)
-        assert tenants[f"{kind}_2_to_1"] == pytest.approx(
-            tenants[f"{kind}_2_tokens_per_s"] / tenants[f"{kind}_1_tokens_per_s"], abs=0.01
-        )
+    assert results["tenants"]["short_tokens"] == 4 * 16
+    assert results["requests"]["short_tokens"] == 2 * 16
+    for phase, kinds in {"tenants": ["problems", "short"], "requests": ["large", "short"]}.items():
+        for kind in kinds:
+            check_shares(results[phase], kind)
 
     assert results["long"]["tokens"] == 200
+
+
+def check_shares(report: dict, kind: str) -> None:
+    """Rates are tokens over the median of the counted rounds, ratios are to one model's rate."""
+    for count in (1, 2):
+        rounds = report[f"{kind}_{count}_round_s"]
+        assert len(rounds) == 2 + (4 if kind == "short" else 1)
+        rate = report[f"{kind}_tokens"] / statistics.median(rounds[2:])
+        assert report[f"{kind}_{count}_tokens_per_s"] == pytest.approx(rate, rel=0.05)
+    ratio = report[f"{kind}_2_tokens_per_s"] / report[f"{kind}_1_tokens_per_s"]
+    assert report[f"{kind}_2_to_1"] == pytest.approx(ratio, abs=0.01)
 
 
 def test_more_tenants_than_data_are_refused(gsm8k: Path) -> None:

@@ -40,7 +40,6 @@ class Ahead:
         self._asked: set[Hashable] = set()
         self._queue: deque[tuple[Hashable, Callable[[Call], object]]] = deque()
         self._idle = False
-        self._busy = False  # with an entry that is no longer in the queue
         self._compiling: Callable[..., Any] | None = None
         self._thread: threading.Thread | None = None
 
@@ -80,11 +79,6 @@ class Ahead:
                 self._changed.wait_for(lambda: self._compiling is not program)
         return program(*args)
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until all that was asked for is compiled; False if it takes longer."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
-
     # ---- the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -92,14 +86,10 @@ class Ahead:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue and self._idle)
                 key, work = self._queue.popleft()
-                self._busy = True
             try:
                 work(self._compile)
             except Exception as error:
                 log.warning("compiling %s ahead failed: %s", key, error)
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
 
     def _compile(self, program: Any, *args: Any) -> Any:
         with self._changed:

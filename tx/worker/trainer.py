@@ -159,7 +159,7 @@ class Trainer:
         fullest = {shape.length: shape for shape in sorted(self.usual_shapes, key=lambda shape: shape.rows)}
         shapes = sorted(fullest.values(), key=lambda shape: abs(math.log(shape.length / LIKELY_LENGTH)))
 
-        def compile(shape: Shape, call: Call) -> None:
+        def rehearse(shape: Shape, call: Call) -> None:
             like = self._store.outline(lora)
             self._passes.rehearse(like, ranks, shape, call)
             if shape == shapes[0]:
@@ -167,7 +167,7 @@ class Trainer:
 
         for shape in shapes:
             key = (shape, ranks.padded, lora.train_attn, lora.train_mlp, lora.train_unembed, lora.sites)
-            self._ahead.ask(key, partial(compile, shape), next=soon and shape == shapes[0])
+            self._ahead.ask(key, partial(rehearse, shape), next=soon and shape == shapes[0])
 
     # ---- the queue --------------------------------------------------------------------------------------------
 

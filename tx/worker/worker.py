@@ -293,21 +293,15 @@ class Worker:
 
         That is a model of the usual ranks, the nearest to the SDK's default first, and every one that is created.
         """
+        dtype = str(jnp.dtype(self._model.dtype))
         self._ahead.start()
-        self._ahead.ask(
-            "the peak", lambda _: matmul_peak(str(jnp.dtype(self._model.dtype)))
-        )  # a step's metrics need it
+        self._ahead.ask("the peak of products", lambda _: matmul_peak(dtype))  # metrics of the first step need it
         for rank in sorted(usual_ranks(self._max_rank), key=lambda rank: abs(rank - DEFAULT_RANK)):
             self._trainer.expect(types.LoraConfig(rank, seed=0))
 
     def idle(self) -> AbstractContextManager[None]:
         """Within it, the caller has nothing for the worker to do."""
         return self._ahead.idle()
-
-    def wait_compiled_ahead(self, timeout_s: float) -> bool:
-        """Wait, idle, until all that is expected is compiled; False if it takes longer."""
-        with self.idle():
-            return self._ahead.wait(timeout_s)
 
     def warm_up(self) -> list[Step]:
         """What compiles every usual program, step by step (``tx.worker.warm_up``), before there is any work."""
