@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -42,6 +43,9 @@ class StubWorker:
         self._snapshots: set[str] = set()
         self._samples: OrderedDict[int, types.SampleRequest] = OrderedDict()
         self._batches: OrderedDict[int, types.ForwardBackward] = OrderedDict()
+
+    def idle(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     # ---- models and snapshots ---------------------------------------------------------------------------------
 
