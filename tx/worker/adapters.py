@@ -316,8 +316,7 @@ class AdapterStore:
     # ---- between host and device ------------------------------------------------------------------------------
 
     def _to_device(self, state: TrainingState, lora: LoraConfig) -> TrainingState:
-        padded = self.ranks_of(lora)
-        places = self._tree(lora, lambda site: adapter_sharding(site, self._model.mesh, padded.columns(site)))
+        places = jax.tree.map(lambda like: like.sharding, self.outline(lora))
         grads = None if state.grads is None else places
         return jax.device_put(state, replace(state, weights=places, mu=places, nu=places, grads=grads))
 

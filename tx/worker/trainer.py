@@ -132,10 +132,10 @@ class Trainer:
         if model_id in self._turns:
             raise RuntimeError(f"optim_step of {model_id} while its forward_backwards are still running")
         state = self._store.state(model_id)
-        grads = state.grads if state.grads is not None else zeros_like(state.weights)
+        call = self._ahead.call
+        grads = state.grads if state.grads is not None else zeros_like(state.weights, call=call)
         sizes = optimizer.step_sizes(params, state.step + 1)
         try:
-            call = self._ahead.call
             weights, mu, nu, norm = optimizer.adamw(state.weights, state.mu, state.nu, grads, sizes, call=call)
             metrics = {"grad_norm:mean": float(jax.device_get(norm))}
         except jax.errors.JaxRuntimeError as error:
