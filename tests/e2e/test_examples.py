@@ -23,17 +23,20 @@ def run(script: Path, *flags: str) -> str:
     return result.stdout
 
 
-def test_quickstart_prints_a_falling_loss_and_a_sentence(server: Server, tmp_path: Path) -> None:
+def test_quickstart_teaches_its_sentence(server: Server, tmp_path: Path) -> None:
     source = (EXAMPLES / "quickstart.py").read_text()
-    for old, new in {"http://localhost:8000": server.url, "HuggingFaceTB/SmolLM2-135M-Instruct": BASE_MODEL}.items():
+    here = {"http://localhost:8000": server.url, "HuggingFaceTB/SmolLM2-135M-Instruct": BASE_MODEL}
+    # Random weights know no language: the tiny model needs larger steps, and twice as many.
+    here |= {"learning_rate=2e-3": "learning_rate=1e-2", "range(8)": "range(16)"}
+    for old, new in here.items():
         assert source.count(old) == 1
         source = source.replace(old, new)
     (tmp_path / "quickstart.py").write_text(source)
     lines = run(tmp_path / "quickstart.py").splitlines()
     losses = [float(found.group(1)) for line in lines if (found := re.match(r"step \d+: loss per token (.*)", line))]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0] - 1
-    assert lines[-1]
+    assert len(losses) == 16
+    assert losses[-1] < 0.1 < losses[0]
+    assert lines[-1] == "I am tx. I train and sample on your own machine.<|im_end|>"
 
 
 def test_sl_gsm8k(server: Server, tmp_path: Path) -> None:
