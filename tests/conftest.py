@@ -19,13 +19,17 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.support.object_stores import S3Server
-from tests.support.server import Server
+from tests.support.server import COMPILE_CACHE, Server
 from tests.support.tiny_models import write_tiny_model
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("TX_TEST_GPU") else "cuda,cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 os.environ.setdefault("TINKER_API_KEY", "tml-test")
+# What one test has compiled, those in other processes read from the disk.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILE_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 MANY_MAPS = 16_000
 
 install_import_hook(["tx.layers", "tx.models", "tx.worker"], "beartype.beartype")

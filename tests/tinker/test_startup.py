@@ -21,7 +21,7 @@ from tx.tinker.db import open_database, reading
 from tx.tinker.notify import ChangeSignal
 from tx.tinker.registration import Registration
 from tx.tinker.startup import PARENT_FD
-from tx.worker.warm_up import Step
+from tx.worker.ahead import Call, Step, compiling
 
 START_S = 120.0
 STOP_S = 5.0
@@ -82,9 +82,10 @@ class Steps:
         self._registration, self._database, self._broken = registration, database, broken
 
     def warm_up(self) -> list[Step]:
-        return [Step(f"step {number}", partial(self._run, number)) for number in range(3)]
+        return [Step(number, f"step {number}", partial(self._run, number)) for number in range(3)]
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, call: Call) -> None:
+        assert call is compiling
         with reading(self._database) as db:
             row = db.get(EngineRow, "base")
         self.seen.append((row.state, row.detail))

@@ -100,19 +100,29 @@ def num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK)
 
 
-def empty(config: CacheShape, blocks: int, dtype: Any, mesh: Mesh | None = None) -> KVBlocks:
-    """A pool of zeros, KV heads sharded over its mesh."""
+def outline(config: CacheShape, blocks: int, dtype: Any, mesh: Mesh | None = None) -> KVBlocks:
+    """Shapes and places of a pool, as ``jax.ShapeDtypeStruct``: KV heads are sharded over the mesh."""
 
-    def zeros(axes: tuple[str | None, ...], *inner: int) -> jax.Array:
+    def like(axes: tuple[str | None, ...], *inner: int) -> jax.ShapeDtypeStruct:
         shape = (blocks, config.num_kv_heads, *inner)
-        return jnp.zeros(shape, dtype, device=None if mesh is None else sharding(axes, shape, mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=None if mesh is None else sharding(axes, shape, mesh))
 
     head_dim = config.head_dim
     layers = (
-        LayerBlocks(zeros(KEY_AXES, head_dim, BLOCK), zeros(VALUE_AXES, BLOCK, head_dim))
+        LayerBlocks(like(KEY_AXES, head_dim, BLOCK), like(VALUE_AXES, BLOCK, head_dim))
         for _ in range(config.num_layers)
     )
     return KVBlocks(tuple(layers))
+
+
+def empty(config: CacheShape, blocks: int, dtype: Any, mesh: Mesh | None = None) -> KVBlocks:
+    """A pool of zeros."""
+    return zeros_like(outline(config, blocks, dtype, mesh))
+
+
+def zeros_like[Blocks: (KVBlocks, LayerBlocks)](like: Blocks) -> Blocks:
+    """Zeros of these shapes in these places."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
 
 
 def in_blocks(

@@ -111,7 +111,7 @@ class TxConfig(BaseModel):
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass to save memory")
     shard_attention_heads: bool = _flag(True, "split attention heads over the tensor-parallel devices")
     warmup: bool = _flag(False, "compile the usual programs before the server says that it is ready")
-    compile_ahead: bool = _flag(True, "compile what models are likely to train with while nothing else is to be done")
+    compile_ahead: bool = _flag(True, "compile what clients are likely to ask for while nothing else is to be done")
     enforce_eager: bool = _flag(False, "run without compiling, for debugging (slow)")
     log_level: Literal["debug", "info", "warning", "error"] = _flag("info", "least severe messages to log")
     external_engine: bool = _flag(False, "the API starts no engine; you run `python -m tx.tinker.engine` yourself")

@@ -27,6 +27,7 @@ from tx.tinker.notify import ChangeSignal
 from tx.tinker.registration import Registration
 from tx.tinker.supervisor import PARENT_FD
 from tx.utils.log import human_bytes
+from tx.worker.ahead import compiling
 from tx.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def stop_signals() -> threading.Event:
 
 
 def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], bool]) -> None:
-    """Run the worker's warm-up, saying how far it is; a step that fails is left to whoever needs it."""
+    """Compile every usual program, saying how far it is; one that fails is left to whoever needs it."""
     began, steps = time.monotonic(), worker.warm_up()
     for number, step in enumerate(steps, 1):
         if stopping():
@@ -106,7 +107,7 @@ def warm_up(worker: Worker, registration: Registration, stopping: Callable[[], b
         registration.update("starting", f"warming up: {number} of {len(steps)}, {step.name}")
         step_began = time.monotonic()
         try:
-            step.run()
+            step.run(compiling)
         except Exception as error:
             log.warning("warming up, %s failed: %s", step.name, error)
         log.info("warming up: %d of %d, %s, %.1f s", number, len(steps), step.name, time.monotonic() - step_began)

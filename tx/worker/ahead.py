@@ -1,18 +1,22 @@
 """Compiling ahead: programs that are likely to be needed, in a thread, while nobody computes.
 
 The code that runs programs says ``call(program, *args)`` instead of ``program(*args)``. Here the same code is given
-another ``call``, which compiles and answers with shapes in place of arrays, so what is compiled is what will run, and
+another ``call``, ``compiling``, which answers with shapes in place of arrays, so what is compiled is what will run, and
 JAX finds it when the time comes. One program at a time, and none is begun unless the device is idle; one that is under
 way when work comes goes on, and whoever needs that very program waits for it instead of compiling it as well.
+
+Which programs those are is said in ``tx.worker.usual``.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,15 +25,33 @@ from jaxtyping import Array
 log = logging.getLogger(__name__)
 
 type Call = Callable[..., Any]
-"""``call(program, *args)``, where ``program`` is a jitted function: its result, or shapes like it."""
+"""``call(program, *args, **options)``, where ``program`` is a jitted function: its result, or shapes like it."""
 
 Value = Array | jax.ShapeDtypeStruct
 """What a ``Call`` returns in the place of an array."""
 
 
-def directly(program: Callable[..., Any], *args: Any) -> Any:
+def directly(program: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """The plain call."""
-    return program(*args)
+    return program(*args, **options)
+
+
+def compiling(program: Any, *args: Any, **options: Any) -> Any:
+    """Compile the program and don't run it; shapes like its result."""
+    lowered = program.lower(*args, **options)
+    places = lowered.compile().output_shardings
+    return jax.tree.map(
+        lambda out, place: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place), lowered.out_info, places
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program, or a few, to be compiled by ``run(compiling)``, which changes nothing; ``key`` tells them apart."""
+
+    key: Hashable
+    name: str
+    run: Callable[[Call], object]
 
 
 class Ahead:
@@ -38,9 +60,9 @@ class Ahead:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._asked: set[Hashable] = set()
-        self._queue: deque[tuple[Hashable, Callable[[Call], object]]] = deque()
+        self._queue: deque[Step] = deque()
         self._idle = False
-        self._compiling: Callable[..., Any] | None = None
+        self._compiling: _Signature | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -48,16 +70,20 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, name="compile-ahead", daemon=True)
         self._thread.start()
 
-    def ask(self, key: Hashable, work: Callable[[Call], object], *, next: bool = False) -> None:
-        """Have ``work(call)`` compile its programs, once for each key, before all others if ``next``.
+    def ask(self, steps: Iterable[Step], *, next: bool = False) -> None:
+        """Have these steps run, in their order and once for each key, before all others if ``next``.
 
-        ``work`` runs in the thread and is to change nothing. If it fails, whoever needs the program will hear of it.
+        They run in the thread. If one fails, whoever needs its program will hear of it.
         """
         with self._changed:
-            if self._thread is None or key in self._asked:
+            if self._thread is None:
                 return
-            self._asked.add(key)
-            (self._queue.appendleft if next else self._queue.append)((key, work))
+            new = {step.key: step for step in steps if step.key not in self._asked}
+            self._asked.update(new)
+            if next:
+                self._queue.extendleft(reversed(new.values()))
+            else:
+                self._queue.extend(new.values())
             self._changed.notify_all()
 
     @contextmanager
@@ -72,12 +98,13 @@ class Ahead:
             with self._changed:
                 self._idle = False
 
-    def call(self, program: Callable[..., Any], *args: Any) -> Any:
-        """Run the program; first wait if it is being compiled."""
-        if self._compiling is program:
+    def call(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run the program; first wait if it is being compiled for such arguments."""
+        current = self._compiling
+        if current is not None and current.program is program and current == _signature(program, args, options):
             with self._changed:
-                self._changed.wait_for(lambda: self._compiling is not program)
-        return program(*args)
+                self._changed.wait_for(lambda: self._compiling is not current)
+        return program(*args, **options)
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
@@ -85,22 +112,36 @@ class Ahead:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue and self._idle)
-                key, work = self._queue.popleft()
+                step = self._queue.popleft()
+            began = time.monotonic()
             try:
-                work(self._compile)
+                step.run(self._compile)
+                log.debug("compiled %s ahead, %.1f s", step.name, time.monotonic() - began)
             except Exception as error:
-                log.warning("compiling %s ahead failed: %s", key, error)
+                log.warning("compiling %s ahead failed: %s", step.name, error)
 
-    def _compile(self, program: Any, *args: Any) -> Any:
+    def _compile(self, program: Any, *args: Any, **options: Any) -> Any:
+        signature = _signature(program, args, options)
         with self._changed:
             self._changed.wait_for(lambda: self._idle)
-            self._compiling = program
+            self._compiling = signature
         try:
-            lowered = program.lower(*args)
-            compiled = lowered.compile()
+            return compiling(program, *args, **options)
         finally:
             with self._changed:
                 self._compiling = None
                 self._changed.notify_all()
-        like = lambda out, place: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place)
-        return jax.tree.map(like, lowered.out_info, compiled.output_shardings)
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a program is compiled for, places apart; ``leaves`` are (shape, dtype), or values that are no arrays."""
+
+    program: Callable[..., Any]
+    tree: Any
+    leaves: list[Any]
+
+
+def _signature(program: Callable[..., Any], args: Any, options: Any) -> _Signature:
+    leaves, tree = jax.tree.flatten((args, options))
+    return _Signature(program, tree, [(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves])

@@ -75,13 +75,18 @@ class Sizes:
 
     def choose(self, wanted: Size, steps: int) -> Size:
         """The size for a slice of so many steps of which ``wanted`` would be the smallest."""
-        larger = [size for size in self.step_s if size[0] >= wanted[0] and size[1] >= wanted[1]]
+        known = list(self.step_s)  # ``expect`` may add to it meanwhile
+        larger = [size for size in known if size[0] >= wanted[0] and size[1] >= wanted[1]]
         if wanted in self.step_s or not larger:
             return wanted
         best = min(larger, key=lambda size: (self.step_s[size], size))
         wasted = steps * self.step_s[best] * (1 - wanted[0] / best[0]) * _SAVED
         self._wasted_s[wanted] = self._wasted_s.get(wanted, 0.0) + wasted
         return best if self._wasted_s[wanted] < COMPILE_S else wanted
+
+    def expect(self, size: Size) -> None:
+        """A program of this size has been compiled ahead; may be called in another thread than the rest."""
+        self.step_s.setdefault(size, 0.0)
 
     def note(self, size: Size, step_s: float) -> None:
         """A slice of this size has run."""

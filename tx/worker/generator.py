@@ -32,9 +32,11 @@ import numpy as np
 from tx.errors import InvalidInput
 from tx.layers import kv_cache
 from tx.layers.kv_cache import BLOCK, KVBlocks
+from tx.layers.lora import AdapterView
 from tx.models.loading import LoadedModel
-from tx.types import Finished, SampleRequest, SamplingParams
+from tx.types import Finished, SampleRequest
 from tx.worker import programs
+from tx.worker.ahead import Call, directly
 from tx.worker.block_table import BlockTable
 from tx.worker.decode_slots import DecodeSlots, Seat, Size, Sizes, bucket_blocks, bucket_rows
 from tx.worker.groups import Group, check
@@ -45,8 +47,8 @@ from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
 
-_USUAL_ROWS, _USUAL_TOKENS = 16, 256
-"""What warm-up prepares for: so many sequences at once, each of so many tokens."""
+_USUAL_TOKENS = 256
+"""Usual are prompts of up to so many tokens."""
 
 _MIN_TOPK = 8
 """Decoding with the most likely tokens is compiled for powers of two from here."""
@@ -63,6 +65,7 @@ class Generator:
         eos_token_ids: tokens that end a row unless its request says otherwise.
         detokenize: token ids to text, for stop strings.
         slice_tokens: most tokens per row between two looks of the host.
+        call: how programs are run (``ahead``).
         slice_s: what a decode slice should take, as far as it is not shorter than one token: whoever arrives meanwhile,
             a prompt or a training micro-batch, waits for its end.
     """
@@ -76,11 +79,13 @@ class Generator:
         kv_blocks: int,
         eos_token_ids: Sequence[int],
         detokenize: Detokenize,
+        call: Call = directly,
         slice_tokens: int = 8,
         slice_s: float = 0.25,
     ) -> None:
         prompt_blocks = int(kv_blocks * PROMPT_SHARE)
         self._model = model
+        self._call = call
         self._max_slots = max_slots
         self._max_context = max_context
         self._max_blocks = max(kv_blocks - prompt_blocks, kv_cache.num_blocks(max_context))
@@ -93,7 +98,7 @@ class Generator:
         self._table = BlockTable()
         self._pool: KVBlocks | None = None
         sizes = PrefillSizes.of_platform(model.mesh.devices.flat[0].platform)
-        self._prefill = Prefill(model, max_context, sizes, prompt_blocks)
+        self._prefill = Prefill(model, max_context, sizes, prompt_blocks, call)
         self._adapters = LiveAdapters()
         self._sizes = Sizes()
         self._size: Size = (1, 0)  # of the next decode slice; its blocks are the pool's
@@ -202,7 +207,7 @@ class Generator:
             self._table.extend(seat, per_row)
             targets += self._table.held(seat)[: len(prompt)]
         assert self._pool is not None
-        self._pool = copy_to(self._pool, prompt * len(seats), targets)
+        self._pool = copy_to(self._pool, prompt * len(seats), targets, call=self._call)
 
     def _size_pool(self, rows: int, blocks: int, steps: int = 0) -> None:
         """Give batch and pool a size for so many rows and blocks, which may be more than are in use."""
@@ -214,7 +219,7 @@ class Generator:
         pool = kv_cache.empty(self._model.config, self._size[1], self._model.dtype, self._model.mesh)
         old, new = self._table.resize(self._size[1])
         if self._pool is not None and len(old):
-            pool = copy_to(pool, [(self._pool, int(block)) for block in old], new.tolist())
+            pool = copy_to(pool, [(self._pool, int(block)) for block in old], new.tolist(), call=self._call)
         self._pool = pool
 
     # ---- decode ---------------------------------------------------------------------------------------------------
@@ -230,21 +235,34 @@ class Generator:
         most_topk = max(group.request.topk_sample_logprobs for group in groups)
         num_topk = max(_MIN_TOPK, 1 << (most_topk - 1).bit_length()) if most_topk else 0
         started = time.perf_counter()
-        self._pool, drawn = programs.decode_slice(
-            self._model.graphdef,
-            self._model.weights,
-            self._pool,
-            self._rows(seats, size),
-            self._adapters.view(owners),
-            jnp.int32(steps),
-            most_steps=self._slice_tokens,
-            num_topk=min(num_topk, self._model.config.vocab_size),
-        )
+        rows, view = self._rows(seats, size), self._adapters.view(owners)
+        self._pool, drawn = self._decode_slice(self._pool, rows, view, steps, num_topk, self._call)
         drawn = jax.device_get(drawn)  # the slice's one look at the device
         self._sizes.note(size, (time.perf_counter() - started) / steps)
         for row, (seat, group) in enumerate(zip(seats, groups, strict=True)):
             if seat.job_id in self._groups:  # else it failed a few rows ago
                 self._take(seat, group, drawn, row)
+
+    def _decode_slice(
+        self,
+        pool: KVBlocks,
+        rows: programs.DecodeRows,
+        view: AdapterView | None,
+        steps: int,
+        num_topk: int,
+        call: Call,
+    ) -> tuple[KVBlocks, programs.Drawn]:
+        return call(
+            programs.decode_slice,
+            self._model.graphdef,
+            self._model.weights,
+            pool,
+            rows,
+            view,
+            jnp.int32(steps),
+            most_steps=self._slice_tokens,
+            num_topk=min(num_topk, self._model.config.vocab_size),
+        )
 
     def _take(self, seat: Seat, group: Group, drawn: programs.Drawn, row: int) -> None:
         """Hand a row what a slice drew for it, and end it if that ends it."""
@@ -328,48 +346,43 @@ class Generator:
             rows.start[held] = BLOCK * np.arange(len(held), dtype=np.int32)
         return jax.tree.map(jnp.asarray, rows)
 
-    # ---- warm-up: see tx.worker.warm_up ---------------------------------------------------------------------------
+    # ---- compiling what is usual: see tx.worker.usual. Nothing changes; snapshots may be shapes. -------------------
 
     @property
     def usual_rows(self) -> list[int]:
-        """Sizes of the decode batch for up to ``_USUAL_ROWS`` sequences."""
-        return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, min(_USUAL_ROWS, self._max_slots) + 1)})
+        """Sizes of the decode batch."""
+        return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, self._max_slots + 1)})
 
     @property
     def usual_prompts(self) -> list[tuple[int, int]]:
         """Rows and padded lengths of the prefill programs for prompts of up to ``_USUAL_TOKENS`` tokens."""
         return self._prefill.sizes_up_to(min(_USUAL_TOKENS, self._max_context - 1))
 
-    def rehearse_prompts(self, rows: int, length: int, snapshot: Snapshot | None) -> None:
-        """Compile the prefill of so many prompts of this padded length."""
-        jax.block_until_ready(self._prefill.compute(snapshot, np.zeros((rows, length), np.int32), 0, None, False))
+    def rehearse_prompts(self, rows: int, length: int, snapshot: Snapshot | None, call: Call) -> None:
+        """``call`` the prefill of so many prompts of this padded length."""
+        self._prefill.compute(snapshot, np.zeros((rows, length), np.int32), 0, None, False, call)
 
-    def rehearse_decoding(self, rows: int, snapshot: Snapshot | None) -> None:
-        """Decode so many rows of a few tokens, twice: the second time shows what a step takes without compiling."""
-        params = SamplingParams(max_tokens=self._slice_tokens + 1, stop_on_eos=False)
-        request = SampleRequest(np.zeros(1, np.int32), rows, params)
-        for _ in range(2):
-            self.submit(-1, request, snapshot)
-            while self.has_work:
-                for finished in self.slice():
-                    if finished.error is not None:
-                        raise finished.error
+    def rehearse_decoding(self, rows: int, snapshot: Snapshot | None, call: Call) -> None:
+        """``call`` the decoding of a batch of so many rows, in the pool that they have at first."""
+        size = (rows, self._usual_blocks(rows))
+        view = LiveAdapters().view([snapshot] * rows)
+        self._decode_slice(self._outline(size[1]), self._rows([], size), view, 1, 0, call)
+        self._sizes.expect(size)
 
-    def rehearse_copies(self) -> None:
-        """Compile the copying of blocks between all usual sizes of pools, and from fresh prompts into them."""
-        pools = {bucket_blocks(0, rows, self._max_blocks) for rows in self.usual_rows}
+    def rehearse_copies(self, call: Call) -> None:
+        """``call`` the copying of blocks between all usual sizes of pools, and from fresh prompts into them."""
+        pools = {self._usual_blocks(rows) for rows in self.usual_rows}
         prompts = {rows * kv_cache.num_blocks(length) for rows, length in self.usual_prompts}
-        empty = lambda size: kv_cache.empty(self._model.config, size, self._model.dtype, self._model.mesh)
         for size in sorted(pools):
+            kv_cache.zeros_like(self._outline(size).layers[0])
             for source in sorted(pools | prompts):
-                copy_to(empty(size), [(empty(source), 0)], [0])
+                copy_to(self._outline(size), [(self._outline(source), 0)], [0], call=call)
 
-    def forget(self) -> None:
-        """Give back the memory of recent prompts and, while nothing decodes, of the pool."""
-        self._prefill.forget()
-        self._adapters = LiveAdapters()
-        if not self._slots.seats:
-            self._pool, self._table, self._size = None, BlockTable(), (1, 0)
+    def _usual_blocks(self, rows: int) -> int:
+        return bucket_blocks(0, rows, self._max_blocks)
+
+    def _outline(self, blocks: int) -> KVBlocks:
+        return kv_cache.outline(self._model.config, blocks, self._model.dtype, self._model.mesh)
 
     # ---- failures -------------------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ class Passes:
         """A pass is complete: its gradients join the model's; what its jobs have come to."""
         if done.accumulator is not None:
             state = self._store.state(model_id)
-            grads = done.accumulator if state.grads is None else add(state.grads, done.accumulator)
+            grads = done.accumulator if state.grads is None else self._call(add, state.grads, done.accumulator)
             self._store.replace(model_id, replace(state, grads=grads))
         metrics = self._meter.finish(done.cost)
         return [Finished(job.job_id, job.result(metrics)) for job in done.jobs.values()]
@@ -188,12 +188,18 @@ class Passes:
         _read(batch, jobs, outputs)
         return outputs.gradients
 
-    def rehearse(self, weights: Adapter, ranks: Ranks, shape: Shape, call: Call) -> None:
-        """``call`` each program of a forward_backward of this shape; nothing changes, ``weights`` may be shapes."""
-        host = datums.lay_out([()] * shape.rows, shape)
-        sums = (zeros_like(weights, call=call),)
-        trained = with_scalings([weights], [ranks], ranks.padded[0])
-        self._layerwise.forward_backward(trained, sums, host, kept_layers=self._kept_layers(shape), call=call)
+    def rehearse(self, weights: Adapter | None, ranks: Ranks, shape: Shape, forward_only: bool, call: Call) -> None:
+        """``call`` each program of a pass of this shape, of the base model (forward only) if there are no weights.
+
+        Nothing changes; ``weights`` may be shapes.
+        """
+        host, trained = datums.lay_out([()] * shape.rows, shape), _trained(weights, ranks)
+        if weights is None or forward_only:
+            self._layerwise.forward(trained, host, call=call)
+            return
+        sums, kept = (zeros_like(weights, call=call),), self._kept_layers(shape)
+        (grads,) = self._layerwise.forward_backward(trained, sums, host, kept_layers=kept, call=call).gradients
+        call(add, grads, grads)
 
     # ---- a micro-batch ----------------------------------------------------------------------------------------
 
@@ -205,8 +211,7 @@ class Passes:
     def _run(self, model_id: str, current: Pass, batch: MicroBatch) -> None:
         """Its results into the jobs, its gradients into the accumulator."""
         state, ranks = self._store.state(model_id), self._store.ranks(model_id)
-        is_base = current.forward_only and state.is_base
-        trained = Trained((), None, None) if is_base else with_scalings([state.weights], [ranks], ranks.padded[0])
+        trained = _trained(None if current.forward_only and state.is_base else state.weights, ranks)
         sums: tuple[Adapter, ...] | None = None
         if not current.forward_only:
             sums = (zeros_like(state.weights, call=self._call) if current.accumulator is None else current.accumulator,)
@@ -278,6 +283,11 @@ class Passes:
             log.warning("out of memory: micro-batches now have at most %d tokens", self._limits.tokens)
             return True
         return False
+
+
+def _trained(weights: Adapter | None, ranks: Ranks) -> Trained:
+    """One adapter, or None of the base model."""
+    return Trained((), None, None) if weights is None else with_scalings([weights], [ranks], ranks.padded[0])
 
 
 def with_scalings(weights: Sequence[Adapter], ranks: Sequence[Ranks], width: int) -> Trained:

@@ -24,6 +24,7 @@ from tx.layers.kv_cache import BLOCK, KVBlocks
 from tx.layers.lora import AdapterView, single_view
 from tx.models.loading import LoadedModel
 from tx.worker import programs
+from tx.worker.ahead import Call, directly
 from tx.worker.decode_slots import bucket_prefill_length
 from tx.worker.groups import Group
 from tx.worker.snapshots import Snapshot
@@ -70,11 +71,15 @@ class Prefill:
 
     Args:
         remembered_blocks: blocks of recent prompts that are kept.
+        call: how programs are run (``ahead``).
     """
 
-    def __init__(self, model: LoadedModel, max_context: int, sizes: PrefillSizes, remembered_blocks: int) -> None:
+    def __init__(
+        self, model: LoadedModel, max_context: int, sizes: PrefillSizes, remembered_blocks: int, call: Call = directly
+    ) -> None:
         self.sizes = sizes
         self._model = model
+        self._call = call
         self._max_context = max_context
         self._remembered_blocks = remembered_blocks
         self._recent: OrderedDict[PromptKey, _Prompt] = OrderedDict()
@@ -218,16 +223,24 @@ class Prefill:
         return copy_to(pool, fresh, targets)
 
     def _run(self, group: Group, tokens: np.ndarray, start: int, earlier: KVBlocks | None) -> KVBlocks:
-        blocks, hidden = self.compute(group.snapshot, tokens, start, earlier, group.scoring is not None)
+        scored = group.scoring is not None
+        blocks, hidden = self.compute(group.snapshot, tokens, start, earlier, scored, self._call)
         if hidden is not None:
             self._score(group, hidden, start, min(tokens.shape[1], len(group.prompt) - 1 - start))
         return blocks
 
     def compute(
-        self, snapshot: Snapshot | None, tokens: np.ndarray, start: int, earlier: KVBlocks | None, keep_hidden: bool
+        self,
+        snapshot: Snapshot | None,
+        tokens: np.ndarray,
+        start: int,
+        earlier: KVBlocks | None,
+        keep_hidden: bool,
+        call: Call,
     ) -> tuple[KVBlocks, jax.Array | None]:
         """The prefill program on int32 [row, seq] tokens; remembers nothing."""
-        return programs.prefill(
+        return call(
+            programs.prefill,
             self._model.graphdef,
             self._model.weights,
             jnp.asarray(tokens),
@@ -285,7 +298,7 @@ class Prefill:
         return bucket_prefill_length(length, self._max_context)
 
 
-def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int]) -> KVBlocks:
+def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int], *, call: Call = directly) -> KVBlocks:
     """``pool`` (donated) with ``blocks[i]`` at ``targets[i]``: one program per array that the blocks are in."""
     by_array: dict[int, tuple[KVBlocks, list[int], list[int]]] = {}
     for (array, number), target in zip(blocks, targets, strict=True):
@@ -295,7 +308,7 @@ def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int]) -
     for array, sources, at in by_array.values():
         padding = [0] * (max(_COPIES, 1 << (len(at) - 1).bit_length()) - len(at))
         which, where = (jnp.asarray([*x, *padding], jnp.int32) for x in (sources, at))
-        pool = programs.copy_blocks(pool, array, which, where, jnp.int32(len(at)))
+        pool = programs.copy_blocks(pool, array, which, where, jnp.int32(len(at)), call=call)
     return pool
 
 

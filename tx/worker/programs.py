@@ -22,6 +22,7 @@ from tx.layers.kv_cache import Continuing, Decoding, KVBlocks
 from tx.layers.logprobs import next_logits
 from tx.layers.lora import AdapterView, LoraWeights
 from tx.worker import sampling
+from tx.worker.ahead import Call, directly
 from tx.worker.scoring import AltDraws, PromptScores, score
 
 NUM_STOP_IDS = 8
@@ -115,10 +116,16 @@ def score_piece(
 
 
 def copy_blocks(
-    pool: KVBlocks, source: KVBlocks, sources: Int[Array, "copy"], targets: Int[Array, "copy"], count: Int[Array, ""]
+    pool: KVBlocks,
+    source: KVBlocks,
+    sources: Int[Array, "copy"],
+    targets: Int[Array, "copy"],
+    count: Int[Array, ""],
+    *,
+    call: Call = directly,
 ) -> KVBlocks:
     """``pool`` (donated) with block ``sources[i]`` of ``source`` at ``targets[i]``, for the first ``count`` copies."""
-    return jax.tree.map(lambda to, of: _copy(to, of, sources, targets, count), pool, source)
+    return jax.tree.map(lambda to, of: call(_copy, to, of, sources, targets, count), pool, source)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -26,6 +26,7 @@ from tx.models.loading import LoadedModel
 from tx.models.lora_sites import lora_sites
 from tx.types import LoraConfig, ModelState
 from tx.worker.adapters import padded_site, ranks
+from tx.worker.ahead import Call, directly
 from tx.worker.shapes import power_of_two
 
 
@@ -47,10 +48,14 @@ class Snapshot:
 
 
 class SnapshotStore:
-    """Snapshots by id. The ``max_resident`` least recently used live on the device, the others in host memory."""
+    """Snapshots by id. The ``max_resident`` most recently used live on the device, the others in host memory.
 
-    def __init__(self, model: LoadedModel, max_resident: int) -> None:
+    ``call`` is how programs are run (``ahead``).
+    """
+
+    def __init__(self, model: LoadedModel, max_resident: int, call: Call = directly) -> None:
         self._model = model
+        self._call = call
         self._max_resident = max_resident
         self._resident: OrderedDict[str, Snapshot] = OrderedDict()
         self._parked: dict[str, tuple[Snapshot, Any]] = {}  # adapter in numpy, and where each array goes back to
@@ -90,21 +95,31 @@ class SnapshotStore:
         self._resident.move_to_end(snapshot_id)
         return self._resident[snapshot_id]
 
+    def rehearse(self, adapter: Adapter, lora: LoraConfig, call: Call) -> Snapshot:
+        """``call`` each program of ``take``; what it would keep, where ``adapter`` may be shapes. Nothing changes."""
+        return self._snapshot("", self._copies(adapter, call), lora)
+
     def drop(self, snapshot_id: str) -> None:
         """Forget a snapshot; whoever holds the object may go on using it. Unknown ids are fine."""
         self._resident.pop(snapshot_id, None)
         self._parked.pop(snapshot_id, None)
 
     def _keep(self, snapshot_id: str, adapter: Adapter, lora: LoraConfig) -> None:
-        parts = [_frozen_copy(sites, self._model.dtype) for sites in (*adapter.layers, adapter.unembed)]
-        if not all(jax.device_get([finite for _, finite in parts])):
+        copies = self._copies(adapter, self._call)
+        if not all(jax.device_get([finite for _, finite in copies])):
             raise InvalidInput("weights", "a weight that is not finite", "finite weights (did training diverge?)")
-        *layers, unembed = (part for part, _ in parts)
-        copy = Adapter(tuple(layers), unembed)
-        rank, width = _columns(copy)
-        own = ranks(lora, self._model.config.num_experts_per_tok)
         self.drop(snapshot_id)
-        self._admit(Snapshot(snapshot_id, copy, rank, width, own.scaling, own.expert_scaling))
+        self._admit(self._snapshot(snapshot_id, copies, lora))
+
+    def _copies(self, adapter: Adapter, call: Call) -> list[tuple[Any, Any]]:
+        return [call(_frozen_copy, sites, self._model.dtype) for sites in (*adapter.layers, adapter.unembed)]
+
+    def _snapshot(self, snapshot_id: str, copies: list[tuple[Any, Any]], lora: LoraConfig) -> Snapshot:
+        *layers, unembed = (copy for copy, _ in copies)
+        adapter = Adapter(tuple(layers), unembed)
+        rank, expert_rank = _columns(adapter)
+        own = ranks(lora, self._model.config.num_experts_per_tok)
+        return Snapshot(snapshot_id, adapter, rank, expert_rank, own.scaling, own.expert_scaling)
 
     def _admit(self, snapshot: Snapshot) -> None:
         self._resident[snapshot.snapshot_id] = snapshot

@@ -86,7 +86,7 @@ class Meter:
             "tokens_per_s:mean": cost.num_tokens / seconds,
             "padding_fraction:mean": 1.0 - cost.num_tokens / max(1, cost.num_computed),
             "micro_batches:max": float(cost.num_micro_batches),
-            "mfu:mean": cost.flops / seconds / (matmul_peak(str(jnp.dtype(self._model.dtype))) * devices),
+            "mfu:mean": cost.flops / seconds / (matmul_peak(self._model.dtype) * devices),
             "memory_peak_bytes:max": float(memory_peak(self._model.mesh.devices.flat[0])),
         }
 
@@ -131,7 +131,7 @@ def _lora_met(model: LoadedModel, ranks: Ranks) -> float:
 
 
 @lru_cache(maxsize=4)
-def matmul_peak(dtype: str) -> float:
+def matmul_peak(dtype: Any) -> float:
     """FLOP/s of a large product on one device, measured once per process: the best of five."""
     on_cpu = jax.default_backend() == "cpu"
     size = _PEAK_SIZE_CPU if on_cpu else _PEAK_SIZE_GPU

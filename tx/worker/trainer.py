@@ -6,11 +6,9 @@ are an exception: those that wait at several models run as rows of one micro-bat
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import jax
 
@@ -19,13 +17,10 @@ from tx.models.loading import LoadedModel
 from tx.types import AdamParams, Finished, ForwardBackward, LoraConfig
 from tx.worker import datums, optimizer
 from tx.worker.adapters import AdapterStore, TrainingState, zeros_like
-from tx.worker.ahead import Ahead, Call
+from tx.worker.ahead import Call, directly
 from tx.worker.passes import Job, Passes
 from tx.worker.shapes import Limits, Shape, all_shapes
 from tx.worker.together import Together
-
-LIKELY_LENGTH = 512
-"""Positions of rows that are compiled ahead first."""
 
 
 class Trainer:
@@ -36,7 +31,7 @@ class Trainer:
         micro_batch_rows: cap on its datums, 0 is off.
         max_context: longest datum accepted.
         gradient_checkpointing, activation_bytes: see ``Passes``.
-        ahead: what is to be compiled ahead.
+        call: how programs are run (``ahead``).
         clock: seconds, to measure passes and to wait for other models by.
     """
 
@@ -50,11 +45,11 @@ class Trainer:
         gradient_checkpointing: bool = False,
         max_context: int,
         activation_bytes: int | None = None,
-        ahead: Ahead | None = None,
+        call: Call = directly,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._store = store
-        self._ahead = ahead or Ahead()
+        self._call = call
         self._vocab_size, self._max_context = model.config.vocab_size, max_context
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         on_gpu = model.mesh.devices.flat[0].platform == "gpu"  # there cuDNN attends, one datum per row
@@ -64,7 +59,7 @@ class Trainer:
             Limits(micro_batch_tokens, micro_batch_rows, max_context, shards, packed=not on_gpu),
             gradient_checkpointing=gradient_checkpointing,
             activation_bytes=activation_bytes,
-            call=self._ahead.call,
+            call=call,
             clock=clock,
         )
         self._together = Together(model, store, self._passes, clock)
@@ -132,7 +127,7 @@ class Trainer:
         if model_id in self._turns:
             raise RuntimeError(f"optim_step of {model_id} while its forward_backwards are still running")
         state = self._store.state(model_id)
-        call = self._ahead.call
+        call = self._call
         grads = state.grads if state.grads is not None else zeros_like(state.weights, call=call)
         sizes = optimizer.step_sizes(params, state.step + 1)
         try:
@@ -150,24 +145,15 @@ class Trainer:
         limits = self._passes.limits
         return all_shapes(limits, longest=limits.tokens)
 
-    def expect(self, lora: LoraConfig, *, soon: bool = False) -> None:
-        """Such a model is likely to train: have its usual programs compiled ahead, if ``soon`` before those of others.
+    def rehearse(self, lora: LoraConfig | None, shape: Shape, forward_only: bool, call: Call) -> None:
+        """``call`` each program of a pass of this shape, of a model like this or (forward only) of the base model."""
+        weights = None if lora is None else self._store.outline(lora)
+        self._passes.rehearse(weights, self._store.ranks_of(lora or LoraConfig(1, seed=0)), shape, forward_only, call)
 
-        Of each length only the most rows, for fewer are over sooner; lengths near ``LIKELY_LENGTH`` first.
-        """
-        ranks = self._store.ranks_of(lora)
-        fullest = {shape.length: shape for shape in sorted(self.usual_shapes, key=lambda shape: shape.rows)}
-        shapes = sorted(fullest.values(), key=lambda shape: abs(math.log(shape.length / LIKELY_LENGTH)))
-
-        def rehearse(shape: Shape, call: Call) -> None:
-            like = self._store.outline(lora)
-            self._passes.rehearse(like, ranks, shape, call)
-            if shape == shapes[0]:
-                optimizer.adamw(like, like, like, like, optimizer.step_sizes(AdamParams(), 1), call=call)
-
-        for shape in shapes:
-            key = (shape, ranks.padded, lora.train_attn, lora.train_mlp, lora.train_unembed, lora.sites)
-            self._ahead.ask(key, partial(rehearse, shape), next=soon and shape == shapes[0])
+    def rehearse_step(self, lora: LoraConfig, call: Call) -> None:
+        """``call`` each program of an optim_step of a model like this."""
+        like = self._store.outline(lora)
+        optimizer.adamw(like, like, like, zeros_like(like, call=call), optimizer.step_sizes(AdamParams(), 1), call=call)
 
     # ---- the queue --------------------------------------------------------------------------------------------
 

@@ -25,14 +25,13 @@ from tx.layers.kv_cache import BLOCK
 from tx.models.loading import LoadedModel, load_model
 from tx.worker import memory
 from tx.worker.adapters import AdapterStore, TrainingState
-from tx.worker.ahead import Ahead
+from tx.worker.ahead import Ahead, Step
 from tx.worker.generator import Generator
 from tx.worker.mesh import make_mesh
 from tx.worker.parking import Parking
 from tx.worker.snapshots import SnapshotStore
-from tx.worker.throughput import matmul_peak
 from tx.worker.trainer import Trainer
-from tx.worker.warm_up import DEFAULT_RANK, Step, WarmUp, usual_ranks
+from tx.worker.usual import Usual
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +121,9 @@ class Worker:
         )
         parking: Parking[TrainingState] = Parking(memory.parked_bytes(parked_adapters_memory), parking_folder)
         self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters, parking=parking)
-        self._snapshots = SnapshotStore(self._model, max_resident=max_lora_adapters)
-        room = memory.activation_bytes(mesh.devices.flat[0])
         self._ahead = Ahead()
+        self._snapshots = SnapshotStore(self._model, max_lora_adapters, self._ahead.call)
+        room = memory.activation_bytes(mesh.devices.flat[0])
         self._trainer = Trainer(
             self._model,
             self._adapters,
@@ -133,7 +132,7 @@ class Worker:
             gradient_checkpointing=gradient_checkpointing,
             max_context=self.card.max_context,
             activation_bytes=room,
-            ahead=self._ahead,
+            call=self._ahead.call,
         )
         slots = sample_max_num_sequences or (CPU_DECODE_SLOTS if on_cpu else GPU_DECODE_SLOTS)
         kv_blocks = self._kv_blocks(kv_cache_memory, slots)
@@ -151,7 +150,9 @@ class Worker:
             kv_blocks=kv_blocks,
             eos_token_ids=config.eos_token_ids,
             detokenize=_detokenizer(model_folder),
+            call=self._ahead.call,
         )
+        self._usual = Usual(self._model, self._trainer, self._adapters, self._snapshots, self._generator, max_lora_rank)
 
     def _micro_batch_tokens(self, room: int | None, on_cpu: bool) -> int:
         """The usual budget, or as much of it as keeps its activations in ``room`` bytes per device."""
@@ -186,7 +187,7 @@ class Worker:
         """A fresh adapter; raises InvalidInput if its rank is not in [1, --max-lora-rank]."""
         self._check_rank(lora)
         self._adapters.create(model_id, lora)
-        self._trainer.expect(lora, soon=True)
+        self._ahead.ask(self._usual.likely(lora), next=True)
 
     def drop_model(self, model_id: str) -> None:
         """Forget a model and its queued training; unknown ids are fine."""
@@ -286,28 +287,23 @@ class Worker:
         """Run one prefill batch or one decode slice; the requests that it finished."""
         return self._generator.slice()
 
-    # ---- warm-up ----------------------------------------------------------------------------------------------
+    # ---- compiling --------------------------------------------------------------------------------------------
 
     def compile_ahead(self) -> None:
-        """From now on, compile what models are likely to train with while the worker is ``idle`` (``tx.worker.ahead``).
+        """From now on, compile what clients are likely to ask for while the worker is ``idle`` (``tx.worker.ahead``).
 
-        That is a model of the usual ranks, the nearest to the SDK's default first, and every one that is created.
+        That is models of the usual ranks, and every one that is created.
         """
-        dtype = str(jnp.dtype(self._model.dtype))
         self._ahead.start()
-        self._ahead.ask("the peak of products", lambda _: matmul_peak(dtype))  # metrics of the first step need it
-        for rank in sorted(usual_ranks(self._max_rank), key=lambda rank: abs(rank - DEFAULT_RANK)):
-            self._trainer.expect(types.LoraConfig(rank, seed=0))
+        self._ahead.ask(self._usual.first())
 
     def idle(self) -> AbstractContextManager[None]:
         """Within it, the caller has nothing for the worker to do."""
         return self._ahead.idle()
 
     def warm_up(self) -> list[Step]:
-        """What compiles every usual program, step by step (``tx.worker.warm_up``), before there is any work."""
-        return WarmUp(self._trainer, self._adapters, self._snapshots, self._generator).steps(
-            usual_ranks(self._max_rank)
-        )
+        """Every usual program (``tx.worker.usual``), to be compiled before there is any work."""
+        return self._usual.all()
 
     # ---- checks -----------------------------------------------------------------------------------------------
 
