@@ -62,6 +62,19 @@ def test_a_new_size_is_compiled_once_the_known_one_has_wasted_as_much():
     assert sizes.choose((4, 32), 8) == (16, 64)  # more blocks than (4, 16) has
 
 
+def test_sizes_that_were_compiled_ahead_are_used():
+    sizes = Sizes()
+    sizes.note((16, 64), 9.0)
+    sizes.note((16, 64), 0.1)
+    for size in ((4, 16), (16, 64), (64, 256)):
+        sizes.expect(size)
+    assert sizes.step_s == {(4, 16): 0.0, (16, 64): 0.1, (64, 256): 0.0}
+    assert sizes.choose((4, 16), 8) == (4, 16)
+    assert sizes.choose((8, 32), 8) == (16, 64)  # and not a larger one of which nothing is known
+    sizes.note((4, 16), 0.05)  # its first run compiled nothing
+    assert sizes.step_s[4, 16] == 0.05
+
+
 def test_owners_take_turns():
     slots = DecodeSlots(4)
     for job in (1, 2, 3):

@@ -113,6 +113,12 @@ def test_sampling_of_usual_shapes_compiles_nothing(worker: Worker, tiny_qwen3: P
             worker.submit_sample(request_id, sample(rng, int(rng.integers(1, 200)), 1, temperature=0.5), snapshot)
             worker.sample_slice()
         drain(worker)
+        begin = rng.integers(0, 2000, 250).astype(np.int32)
+        for shared, length in ((64, 65), (70, 100), (130, 150), (64, 200), (200, 230), (250, 251)):
+            request = sample(rng, length, 2)
+            request.prompt[:shared] = begin[:shared]
+            worker.submit_sample(3, request, snapshot)
+            drain(worker)
         for request_id in range(8):  # together: their prompts share programs
             worker.submit_sample(request_id, sample(rng, 20 + request_id // 4, 2), snapshot)
         drain(worker)

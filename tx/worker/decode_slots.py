@@ -70,7 +70,7 @@ class Sizes:
 
     def __init__(self) -> None:
         self.step_s: dict[Size, float] = {}
-        """By size that ran before, what a step took last; 0.0 until it ran twice, as the first run compiles."""
+        """By size that is compiled, what a step took last; 0.0 until that is known, as a first run compiles."""
         self._wasted_s: dict[Size, float] = {}
 
     def choose(self, wanted: Size, steps: int) -> Size:
@@ -79,7 +79,7 @@ class Sizes:
         larger = [size for size in known if size[0] >= wanted[0] and size[1] >= wanted[1]]
         if wanted in self.step_s or not larger:
             return wanted
-        best = min(larger, key=lambda size: (self.step_s[size], size))
+        best = min(larger)
         wasted = steps * self.step_s[best] * (1 - wanted[0] / best[0]) * _SAVED
         self._wasted_s[wanted] = self._wasted_s.get(wanted, 0.0) + wasted
         return best if self._wasted_s[wanted] < COMPILE_S else wanted

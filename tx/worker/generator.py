@@ -41,7 +41,7 @@ from tx.worker.block_table import BlockTable
 from tx.worker.decode_slots import DecodeSlots, Seat, Size, Sizes, bucket_blocks, bucket_rows
 from tx.worker.groups import Group, check
 from tx.worker.memory import PROMPT_SHARE
-from tx.worker.prefill import Prefill, PrefillSizes, copy_to
+from tx.worker.prefill import Prefill, PrefillSizes, PromptSize, copy_to
 from tx.worker.snapshots import LiveAdapters, Snapshot
 from tx.worker.stopping import Detokenize
 
@@ -354,13 +354,14 @@ class Generator:
         return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, self._max_slots + 1)})
 
     @property
-    def usual_prompts(self) -> list[tuple[int, int]]:
-        """Rows and padded lengths of the prefill programs for prompts of up to ``_USUAL_TOKENS`` tokens."""
+    def usual_prompts(self) -> list[PromptSize]:
+        """Sizes of the prefill programs for prompts of up to ``_USUAL_TOKENS`` tokens."""
         return self._prefill.sizes_up_to(min(_USUAL_TOKENS, self._max_context - 1))
 
-    def rehearse_prompts(self, rows: int, length: int, snapshot: Snapshot | None, call: Call) -> None:
-        """``call`` the prefill of so many prompts of this padded length."""
-        self._prefill.compute(snapshot, np.zeros((rows, length), np.int32), 0, None, False, call)
+    def rehearse_prompts(self, size: PromptSize, snapshot: Snapshot | None, call: Call) -> None:
+        """``call`` the prefill of this size."""
+        earlier = self._outline(size.earlier) if size.earlier else None
+        self._prefill.compute(snapshot, np.zeros((size.rows, size.length), np.int32), 0, earlier, False, call)
 
     def rehearse_decoding(self, rows: int, snapshot: Snapshot | None, call: Call) -> None:
         """``call`` the decoding of a batch of so many rows, in the pool that they have at first."""
@@ -370,12 +371,13 @@ class Generator:
         self._sizes.expect(size)
 
     def rehearse_copies(self, call: Call) -> None:
-        """``call`` the copying of blocks between all usual sizes of pools, and from fresh prompts into them."""
+        """``call`` the copying of blocks between all usual sizes of pools, and from fresh prompts."""
         pools = {self._usual_blocks(rows) for rows in self.usual_rows}
-        prompts = {rows * kv_cache.num_blocks(length) for rows, length in self.usual_prompts}
-        for size in sorted(pools):
+        earlier = {size.earlier for size in self.usual_prompts if size.earlier}
+        prompts = {size.rows * kv_cache.num_blocks(size.length) for size in self.usual_prompts}
+        for size in sorted(pools | earlier):
             kv_cache.zeros_like(self._outline(size).layers[0])
-            for source in sorted(pools | prompts):
+            for source in sorted(prompts | (pools if size in pools else set())):
                 copy_to(self._outline(size), [(self._outline(source), 0)], [0], call=call)
 
     def _usual_blocks(self, rows: int) -> int:

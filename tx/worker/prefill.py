@@ -57,6 +57,15 @@ class PrefillSizes:
         return PrefillSizes(512, 256) if platform == "cpu" else PrefillSizes(2048, 4096)
 
 
+@dataclass(frozen=True, order=True)
+class PromptSize:
+    """Of a prefill program: ``rows`` of ``length`` positions; behind a pool of ``earlier`` blocks, or 0 for none."""
+
+    rows: int
+    length: int
+    earlier: int = 0
+
+
 @dataclass
 class _Prompt:
     """The first tokens of a prompt and their blocks; ``earlier`` is a pool of its own while it is part way."""
@@ -214,13 +223,12 @@ class Prefill:
             return None
         pool, fresh = prompt.earlier, prompt.blocks
         if pool is None:
-            size = 1 << (kv_cache.num_blocks(end) - 1).bit_length()
-            pool = kv_cache.empty(self._model.config, size, self._model.dtype, self._model.mesh)
+            pool = kv_cache.empty(self._model.config, _earlier_blocks(end), self._model.dtype, self._model.mesh)
             targets = list(range(len(fresh)))
         else:  # only the last piece's are missing
             fresh = [block for block in fresh if block[0] is prompt.blocks[-1][0]]
             targets = list(range(len(prompt.blocks) - len(fresh), len(prompt.blocks)))
-        return copy_to(pool, fresh, targets)
+        return copy_to(pool, fresh, targets, call=self._call)
 
     def _run(self, group: Group, tokens: np.ndarray, start: int, earlier: KVBlocks | None) -> KVBlocks:
         scored = group.scoring is not None
@@ -250,11 +258,18 @@ class Prefill:
             keep_hidden=keep_hidden,
         )
 
-    def sizes_up_to(self, num_tokens: int) -> list[tuple[int, int]]:
-        """(rows, padded length) of every program for whole prompts of up to so many tokens."""
-        lengths = sorted({self._padded(length) for length in range(1, min(num_tokens, self.sizes.piece))})
-        together = [(self._rows_together(length), length) for length in lengths]
-        return [*((1, length) for length in lengths), *((rows, length) for rows, length in together if rows > 1)]
+    def sizes_up_to(self, num_tokens: int) -> list[PromptSize]:
+        """Of every program for prompts of up to so many tokens, no longer than a piece."""
+        longest = min(num_tokens - 1, self.sizes.piece)
+        lengths = sorted({self._padded(length) for length in range(1, longest + 1)})
+        together = [PromptSize(self._rows_together(length), length) for length in lengths]
+        behind = {
+            PromptSize(1, self._padded(end - shared), _earlier_blocks(end))
+            for shared in range(BLOCK, longest, BLOCK)
+            for end in range(shared + 1, longest + 1)
+        }
+        alone = [PromptSize(1, length) for length in lengths]
+        return [*alone, *(size for size in together if size.rows > 1), *sorted(behind)]
 
     def _score(self, group: Group, hidden: jax.Array, start: int, count: int) -> None:
         """Score ``count`` hidden states, which stand at ``start``, in pieces of one size whatever there are."""
@@ -314,6 +329,11 @@ def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int], *
 
 _COPIES = 64
 """Lists of blocks to copy are filled up to this length or the next power of two, so that programs are few."""
+
+
+def _earlier_blocks(end: int) -> int:
+    """Blocks of the pool that a piece continues, of a prompt of ``end`` tokens."""
+    return 1 << (kv_cache.num_blocks(end) - 1).bit_length()
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

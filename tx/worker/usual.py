@@ -3,8 +3,8 @@ while there is nothing to do (``ahead``).
 
 Usual is: adapters of the usual ranks that train everything, data of one target per position up to the token budget;
 from the base model and from one such adapter, prompts of up to 256 tokens and as many sequences as there are slots, of
-up to 256 tokens each. What is rarer still compiles when it comes: longer data and prompts, prompts that are scored or
-that begin like another, sequences of several adapters at once, tiny requests of several models together.
+up to 256 tokens each. What is rarer still compiles when it comes: longer data and prompts, prompts that are scored,
+sequences of several adapters at once, tiny requests of several models together.
 
 A step is a program or a few, so that whoever runs them can say how far they are and stop in between.
 """
@@ -20,6 +20,7 @@ from tx.types import LoraConfig
 from tx.worker.adapters import AdapterStore
 from tx.worker.ahead import Call, Step
 from tx.worker.generator import Generator
+from tx.worker.prefill import PromptSize
 from tx.worker.shapes import Shape, padded_rank
 from tx.worker.snapshots import Snapshot, SnapshotStore
 from tx.worker.throughput import matmul_peak
@@ -111,15 +112,16 @@ class Usual:
         def decode(rows: int, call: Call) -> None:
             generator.rehearse_decoding(rows, self._snapshot(lora, call), call)
 
-        def prefill(rows: int, length: int, call: Call) -> None:
-            generator.rehearse_prompts(rows, length, self._snapshot(lora, call), call)
+        def prefill(size: PromptSize, call: Call) -> None:
+            generator.rehearse_prompts(size, self._snapshot(lora, call), call)
 
         for rows in sorted(generator.usual_rows, key=lambda rows: abs(math.log(rows / _LIKELY_ROWS))):
             yield Step(("decoding", kind, rows), f"decoding, {rows} at once, {name}", partial(decode, rows))
-        nearness = lambda prompts: (prompts[0] > 1, abs(math.log(prompts[1] / _LIKELY_PROMPT)))
-        for rows, length in sorted(generator.usual_prompts, key=nearness):
-            run = partial(prefill, rows, length)
-            yield Step(("prompts", kind, rows, length), f"prompts, {rows} x {length}, {name}", run)
+        distance = lambda size: (size.rows > 1, size.earlier > 0, abs(math.log(size.length / _LIKELY_PROMPT)))
+        for size in sorted(generator.usual_prompts, key=distance):
+            behind = f" behind {size.earlier} blocks" if size.earlier else ""
+            what = f"prompts, {size.rows} x {size.length}{behind}, {name}"
+            yield Step(("prompts", kind, size), what, partial(prefill, size))
 
     def _snapshot(self, lora: LoraConfig | None, call: Call) -> Snapshot | None:
         """What a snapshot of such a model looks like, None of the base model; compiled for once."""
