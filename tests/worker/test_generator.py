@@ -383,14 +383,14 @@ def test_c10_a_request_that_fails_alone_fails_alone(model, monkeypatch):
 
 
 def test_a_failing_prefill_fails_its_own_request(model, monkeypatch):
-    real = programs.prefill
+    real = programs.PrefillPrograms.run
 
-    def broken(graphdef, weights, tokens, *args, **kwargs):
+    def broken(self, tokens, *args, **kwargs):
         if (np.asarray(tokens) == 1999).any():
             raise RuntimeError("INTERNAL: no such token")
-        return real(graphdef, weights, tokens, *args, **kwargs)
+        return real(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(programs, "prefill", broken)
+    monkeypatch.setattr(programs.PrefillPrograms, "run", broken)
     prompts = [np.where(prompt_of(20, job) == 1999, 0, prompt_of(20, job)) for job in range(8)]
     prompts[3][4] = 1999
     results = run(make(model), {job: (request_of(prompt, max_tokens=3), None) for job, prompt in enumerate(prompts)})

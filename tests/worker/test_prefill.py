@@ -18,9 +18,9 @@ from tests.worker.sampler import (
     run,
 )
 from tx.models.loading import load_model
-from tx.worker import programs
 from tx.worker.mesh import make_mesh
 from tx.worker.prefill import PrefillSizes
+from tx.worker.programs import PrefillPrograms
 from tx.worker.snapshots import SnapshotStore
 
 
@@ -40,9 +40,9 @@ def snapshots(model):
 def counting(monkeypatch):
     """Shapes of the prefill programs that run from now on."""
     runs = []
-    real = programs.prefill
+    real = PrefillPrograms.run
     monkeypatch.setattr(
-        programs, "prefill", lambda *args, **kwargs: runs.append(args[2].shape) or real(*args, **kwargs)
+        PrefillPrograms, "run", lambda *args, **kwargs: runs.append(args[1].shape) or real(*args, **kwargs)
     )
     return runs
 

@@ -65,7 +65,7 @@ def test_costs_add_up():
 
 
 def test_metrics_of_a_pass(qwen3: LoadedModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(throughput, "matmul_peak", lambda dtype: {"float32": 1e6}[dtype])
+    monkeypatch.setattr(throughput, "matmul_peak", lambda dtype: {jnp.float32: 1e6}[dtype])
     metrics = Meter(qwen3).finish(PassCost(150, 200, 2, 0.5, 1e5))
     assert metrics.pop("memory_peak_bytes:max") > 1e6
     assert metrics == {

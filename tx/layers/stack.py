@@ -2,7 +2,7 @@
 
 All layers of one kind share a trace and a lowered function, so tracing costs one layer, not all. Weights stay one
 array per layer: scanning over stacked ones costs decoding 2 to 3 times, which slices them at every step. Training
-drives the layers itself, one program each (``tx.worker.layerwise``).
+and prefill drive the layers themselves, one program each (``tx.worker.layerwise``, ``tx.worker.programs``).
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ class LayerLora:
     sites: dict[str, LoraWeights]
     gate: Any
     expert_gate: Any
+
+
+def layer_lora(view: AdapterView | None, layer: int) -> LayerLora:
+    """A layer's part of the view; of None, the base model's."""
+    return (
+        LayerLora({}, None, None)
+        if view is None
+        else LayerLora(view.adapter.layers[layer], view.gate, view.expert_gate)
+    )
 
 
 class DecoderLayer(nnx.Module):
@@ -82,10 +91,8 @@ def run_layers(
     kept: list[LayerBlocks] = []
     for index, layer in enumerate(layers):
         graphdef, weights = nnx.split(layer)
-        lora = LayerLora({}, None, None)
-        if adapter is not None:
-            lora = LayerLora(adapter.adapter.layers[index], adapter.gate, adapter.expert_gate)
         layer_cache = None if cache is None else cache.layers[index]
+        lora = layer_lora(adapter, index)
         x, kv = _run_layer(graphdef, keep_kv, weights, x, rope, positions, lora, layer_cache, place)
         if kv is not None:
             kept.append(kv)

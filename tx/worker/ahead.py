@@ -22,6 +22,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from tx.worker import maps
+
 log = logging.getLogger(__name__)
 
 type Call = Callable[..., Any]
@@ -113,6 +115,9 @@ class Ahead:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue and self._idle)
                 step = self._queue.popleft()
+            if maps.share_in_use() > maps.MOST_AHEAD:
+                log.debug("%s is not compiled ahead: vm.max_map_count leaves no room", step.name)
+                continue
             began = time.monotonic()
             try:
                 step.run(self._compile)

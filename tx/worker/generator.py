@@ -47,8 +47,8 @@ from tx.worker.stopping import Detokenize
 
 log = logging.getLogger(__name__)
 
-_USUAL_TOKENS = 256
-"""Usual are prompts of up to so many tokens."""
+_USUAL_ROWS, _USUAL_TOKENS = 16, 256
+"""Usual are so many sequences at once, each of so many tokens."""
 
 _MIN_TOPK = 8
 """Decoding with the most likely tokens is compiled for powers of two from here."""
@@ -350,8 +350,13 @@ class Generator:
 
     @property
     def usual_rows(self) -> list[int]:
-        """Sizes of the decode batch."""
-        return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, self._max_slots + 1)})
+        """Sizes of the decode batch for up to ``_USUAL_ROWS`` sequences."""
+        return sorted({bucket_rows(rows, self._max_slots) for rows in range(1, min(_USUAL_ROWS, self._max_slots) + 1)})
+
+    @property
+    def likely_rows(self) -> list[int]:
+        """Sizes that serve all smaller ones until those are worth compiling: for usual numbers, and the largest."""
+        return sorted({self.usual_rows[-1], self._max_slots})
 
     @property
     def usual_prompts(self) -> list[PromptSize]:
@@ -372,7 +377,7 @@ class Generator:
 
     def rehearse_copies(self, call: Call) -> None:
         """``call`` the copying of blocks between all usual sizes of pools, and from fresh prompts."""
-        pools = {self._usual_blocks(rows) for rows in self.usual_rows}
+        pools = {self._usual_blocks(rows) for rows in (*self.usual_rows, *self.likely_rows)}
         earlier = {size.earlier for size in self.usual_prompts if size.earlier}
         prompts = {size.rows * kv_cache.num_blocks(size.length) for size in self.usual_prompts}
         for size in sorted(pools | earlier):

@@ -88,6 +88,7 @@ class Prefill:
     ) -> None:
         self.sizes = sizes
         self._model = model
+        self._programs = programs.PrefillPrograms(model)
         self._call = call
         self._max_context = max_context
         self._remembered_blocks = remembered_blocks
@@ -247,16 +248,8 @@ class Prefill:
         call: Call,
     ) -> tuple[KVBlocks, jax.Array | None]:
         """The prefill program on int32 [row, seq] tokens; remembers nothing."""
-        return call(
-            programs.prefill,
-            self._model.graphdef,
-            self._model.weights,
-            jnp.asarray(tokens),
-            earlier,
-            jnp.int32(start),
-            self._view(snapshot),
-            keep_hidden=keep_hidden,
-        )
+        view, start_at = self._view(snapshot), jnp.int32(start)
+        return self._programs.run(jnp.asarray(tokens), earlier, start_at, view, keep_hidden=keep_hidden, call=call)
 
     def sizes_up_to(self, num_tokens: int) -> list[PromptSize]:
         """Of every program for prompts of up to so many tokens, no longer than a piece."""

@@ -1,14 +1,15 @@
 """The sampler's compiled programs: prefill, copying of blocks, decode slice.
 
-Each takes the base model as (static graphdef, weights) and closes over no array. What varies from request to request
+They take the base model as (static graphdef, weights) and close over no array. What varies from request to request
 is data; a program exists once per shape, and shapes come from the buckets of ``decode_slots``. Not here: which rows
 run and when (``generator``), and what the host does with the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -18,9 +19,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tx.layers import kv_cache
-from tx.layers.kv_cache import Continuing, Decoding, KVBlocks
+from tx.layers.kv_cache import Continuing, Decoding, KVBlocks, LayerBlocks
 from tx.layers.logprobs import next_logits
 from tx.layers.lora import AdapterView, LoraWeights
+from tx.layers.stack import layer_lora
+from tx.models.loading import LoadedModel
 from tx.worker import sampling
 from tx.worker.ahead import Call, directly
 from tx.worker.scoring import AltDraws, PromptScores, score
@@ -71,27 +74,62 @@ class Drawn:
     topk_logprobs: Any
 
 
-@partial(jax.jit, static_argnames=("graphdef", "keep_hidden"))
-def prefill(
-    graphdef: Any,
-    weights: Any,
-    tokens: Int[Array, "row seq"],
-    earlier: KVBlocks | None,
-    start: Int[Array, ""],
-    view: AdapterView | None,
-    *,
-    keep_hidden: bool,
-) -> tuple[KVBlocks, Float[Array, "row seq embed"] | None]:
-    """Keys and values of a piece of each prompt, and its hidden states for whoever scores them.
+class PrefillPrograms:
+    """Prefill of one loaded model as a chain of programs: embedding, each layer, final norm.
 
-    The piece stands at ``start``, behind the positions in ``earlier`` (then there is one row). Padding on the right
-    leaves rubbish past a prompt's end, which decoding overwrites before it looks.
+    Layers of one kind share theirs, so that a new size compiles one layer: SmolLM2's thirty in one program take 3 s and
+    80 MB of host memory each.
     """
-    model = nnx.merge(graphdef, weights)
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._graphdef, self._weights = model.graphdef, model.weights
+        layers = (nnx.split(layer) for layer in nnx.merge(model.graphdef, model.weights).layers)
+        self._layers = [(_prefill_layer(graphdef), weights) for graphdef, weights in layers]
+
+    def run(
+        self,
+        tokens: Int[Array, "row seq"],
+        earlier: KVBlocks | None,
+        start: Int[Array, ""],
+        view: AdapterView | None,
+        *,
+        keep_hidden: bool,
+        call: Call = directly,
+    ) -> tuple[KVBlocks, Any]:
+        """Keys and values of a piece of each prompt, and its hidden states [row, seq, embed] for whoever scores them.
+
+        The piece stands at ``start``, behind the positions in ``earlier`` (then there is one row). Padding on the right
+        leaves rubbish past a prompt's end, which decoding overwrites before it looks.
+        """
+        x, rope, positions = call(_embed, self._graphdef, self._weights, tokens, start)
+        place = None if earlier is None else Continuing(start)
+        kept = []
+        for index, (program, weights) in enumerate(self._layers):
+            cache = None if earlier is None else earlier.layers[index]
+            x, blocks = call(program, weights, x, rope, positions, layer_lora(view, index), cache, place)
+            kept.append(blocks)
+        return KVBlocks(tuple(kept)), call(_norm, self._graphdef, self._weights, x) if keep_hidden else None
+
+
+@lru_cache(maxsize=64)
+def _prefill_layer(graphdef: Any) -> Callable[..., Any]:
+    """The program of one kind of layer. Not a static argument: hashing it takes as long as starting the program."""
+
+    def prefill_layer(weights: Any, *inputs: Any) -> tuple[Any, LayerBlocks]:
+        return nnx.merge(graphdef, weights)(*inputs)
+
+    return jax.jit(prefill_layer)
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graphdef: Any, weights: Any, tokens: Any, start: Any) -> tuple[Any, Any, Any]:
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    place = None if earlier is None else Continuing(start)
-    hidden, kept = model.hidden_states(tokens, positions, adapter=view, cache=earlier, place=place, return_cache=True)
-    return kept, hidden if keep_hidden else None
+    return *nnx.merge(graphdef, weights).embed(tokens, positions), positions
+
+
+@partial(jax.jit, static_argnums=0)
+def _norm(graphdef: Any, weights: Any, x: Any) -> Any:
+    return nnx.merge(graphdef, weights).norm(x)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_topk"))

@@ -2,9 +2,9 @@
 while there is nothing to do (``ahead``).
 
 Usual is: adapters of the usual ranks that train everything, data of one target per position up to the token budget;
-from the base model and from one such adapter, prompts of up to 256 tokens and as many sequences as there are slots, of
-up to 256 tokens each. What is rarer still compiles when it comes: longer data and prompts, prompts that are scored,
-sequences of several adapters at once, tiny requests of several models together.
+from the base model and from one such adapter, prompts of up to 256 tokens and up to 16 sequences of up to 256 tokens
+each. What is rarer still compiles when it comes: longer data and prompts, more sequences at once, prompts that are
+scored, sequences of several adapters at once, tiny requests of several models together.
 
 A step is a program or a few, so that whoever runs them can say how far they are and stop in between.
 """
@@ -12,7 +12,7 @@ A step is a program or a few, so that whoever runs them can say how far they are
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 
 from tx.models.loading import LoadedModel
@@ -32,8 +32,8 @@ DEFAULT_RANK = 32
 _RANKS = (8, DEFAULT_RANK)
 """Ranks that most recipes ask for."""
 
-_LIKELY_LENGTH, _LIKELY_PROMPT, _LIKELY_ROWS = 512, 128, 16
-"""Positions of training rows, those of prompts, and sequences at once that are likely to come first."""
+_LIKELY_LENGTH, _LIKELY_PROMPT = 512, 128
+"""Positions of training rows, and of prompts, that are likely to come first."""
 
 
 def usual_ranks(max_rank: int) -> list[int]:
@@ -67,25 +67,22 @@ class Usual:
             steps.append(self._optimizer(lora))
             steps += [self._pass(lora, shape, only) for shape in shapes for only in (True, False)]
         for each in (None, *self._loras):
-            steps += self._sampling(each)
+            steps += self._sampling(each, self._generator.usual_rows)
         return list({step.key: step for step in steps}.values())
 
     def first(self) -> list[Step]:
-        """What a client is likely to ask for, the SDK's default rank first."""
+        """What a client is likely to ask for: models of the SDK's default rank, the base model, other ranks.
+
+        Of those only training: decode programs take 80 MB each for SmolLM2 on a CPU.
+        """
         default, *others = sorted(self._loras, key=lambda lora: abs(lora.rank - DEFAULT_RANK))
-        steps = [self._peak(), *self.likely(default), *self._sampling(None)]
-        return steps + [step for lora in others for step in self.likely(lora)]
+        steps = [self._peak(), *self.likely(default), *self._sampling(None, self._generator.likely_rows)]
+        return steps + [step for lora in others for step in self._training(lora)]
 
     def likely(self, lora: LoraConfig) -> list[Step]:
-        """What is likely to be asked of a model like this, in the order in which it is.
-
-        Of each length of rows only the most rows, for fewer are over sooner.
-        """
-        shapes = sorted(self._trainer.usual_shapes, key=lambda shape: shape.rows)
-        fullest = {shape.length: shape for shape in shapes}.values()
-        nearest, *others = sorted(fullest, key=lambda shape: abs(math.log(shape.length / _LIKELY_LENGTH)))
-        steps = [self._pass(lora, nearest, False), self._optimizer(lora), *self._sampling(lora)]
-        return steps + [self._pass(lora, shape, False) for shape in others]
+        """What is likely to be asked of a model like this, the likeliest first."""
+        first, optimizer, *others = self._training(lora)
+        return [first, optimizer, *self._sampling(lora, self._generator.likely_rows), *others]
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -103,7 +100,14 @@ class Usual:
         run = partial(self._trainer.rehearse_step, lora)
         return Step(("optimizer", self._kind(lora)), f"optimizer step, {_name(lora)}", run)
 
-    def _sampling(self, lora: LoraConfig | None) -> Iterator[Step]:
+    def _training(self, lora: LoraConfig) -> list[Step]:
+        """Of each length of rows only the most rows, for fewer are over sooner."""
+        shapes = sorted(self._trainer.usual_shapes, key=lambda shape: shape.rows)
+        fullest = {shape.length: shape for shape in shapes}.values()
+        nearest, *others = sorted(fullest, key=lambda shape: abs(math.log(shape.length / _LIKELY_LENGTH)))
+        return [self._pass(lora, nearest, False), self._optimizer(lora), *(self._pass(lora, x, False) for x in others)]
+
+    def _sampling(self, lora: LoraConfig | None, sizes: Sequence[int]) -> Iterator[Step]:
         kind, name, generator = self._kind(lora), _name(lora), self._generator
         if lora is not None:
             yield Step(("snapshot", kind), f"snapshot, {name}", partial(self._snapshot, lora))
@@ -115,7 +119,7 @@ class Usual:
         def prefill(size: PromptSize, call: Call) -> None:
             generator.rehearse_prompts(size, self._snapshot(lora, call), call)
 
-        for rows in sorted(generator.usual_rows, key=lambda rows: abs(math.log(rows / _LIKELY_ROWS))):
+        for rows in sizes:
             yield Step(("decoding", kind, rows), f"decoding, {rows} at once, {name}", partial(decode, rows))
         distance = lambda size: (size.rows > 1, size.earlier > 0, abs(math.log(size.length / _LIKELY_PROMPT)))
         for size in sorted(generator.usual_prompts, key=distance):

@@ -27,6 +27,7 @@ from tx.worker import memory
 from tx.worker.adapters import AdapterStore, TrainingState
 from tx.worker.ahead import Ahead, Step
 from tx.worker.generator import Generator
+from tx.worker.maps import MapsGuard
 from tx.worker.mesh import make_mesh
 from tx.worker.parking import Parking
 from tx.worker.snapshots import SnapshotStore
@@ -121,7 +122,7 @@ class Worker:
         )
         parking: Parking[TrainingState] = Parking(memory.parked_bytes(parked_adapters_memory), parking_folder)
         self._adapters = AdapterStore(self._model, max_resident=max_lora_adapters, parking=parking)
-        self._ahead = Ahead()
+        self._ahead, self._maps = Ahead(), MapsGuard()
         self._snapshots = SnapshotStore(self._model, max_lora_adapters, self._ahead.call)
         room = memory.activation_bytes(mesh.devices.flat[0])
         self._trainer = Trainer(
@@ -239,6 +240,7 @@ class Worker:
 
     def train_slice(self) -> list[types.Finished]:
         """Run one micro-batch; the jobs that it completed or that failed."""
+        self._maps.check()
         return self._trainer.slice()
 
     def optim_step(self, model_id: str, params: types.AdamParams) -> dict[str, float]:
@@ -285,6 +287,7 @@ class Worker:
 
     def sample_slice(self) -> list[types.Finished]:
         """Run one prefill batch or one decode slice; the requests that it finished."""
+        self._maps.check()
         return self._generator.slice()
 
     # ---- compiling --------------------------------------------------------------------------------------------
