@@ -20,6 +20,7 @@ from tests.support import golden_models as run
 from tx.layers import kv_cache, logprobs
 from tx.models.loading import LoadedModel, load_model
 from tx.worker.mesh import make_mesh
+from tx.worker.programs import PrefillPrograms
 
 ROWS, SEQ, NEW = 4, 24, 6
 
@@ -47,6 +48,15 @@ def greedy(model: LoadedModel, tokens: np.ndarray) -> list[list[int]]:
     return np.stack(found, axis=1).tolist()
 
 
+def prefilled(model: LoadedModel, tokens: np.ndarray) -> list[np.ndarray]:
+    """Hidden states and keys of two rows as the sampler prefills them, and of a third row behind the first one."""
+    view, programs = run.view(run.seeded_adapter(model)), PrefillPrograms(model)
+    fresh, hidden = programs.run(jnp.asarray(tokens[:2]), None, jnp.int32(0), view, keep_hidden=True)
+    one = jax.tree.map(lambda blocks: blocks[:1], fresh)
+    more, behind = programs.run(jnp.asarray(tokens[2:3]), one, jnp.int32(SEQ), view, keep_hidden=True)
+    return [np.asarray(x) for x in (hidden, fresh.layers[-1].k, fresh.layers[-1].v, behind, more.layers[-1].k)]
+
+
 def main(folder: Path, name: str, sizes: dict[str, int], overrides: dict[str, object]) -> dict[str, object]:
     """Largest relative error per quantity, and whether greedy tokens agree."""
     assert jax.device_count() == 8
@@ -60,7 +70,7 @@ def main(folder: Path, name: str, sizes: dict[str, int], overrides: dict[str, ob
         scores = run.logits(model.graphdef, model.weights, tokens, positions, run.view(adapter))
         found, gradients = run.next_logprobs_and_gradients(model.graphdef, model.weights, adapter, tokens, positions)
         named = run.by_name(model, gradients)
-        results.append((np.asarray(scores), np.asarray(found), named, greedy(model, tokens)))
+        results.append((np.asarray(scores), np.asarray(found), named, greedy(model, tokens), prefilled(model, tokens)))
     one, many = results
     spread = sum(len({str(s.index) for s in leaf.addressable_shards}) > 1 for leaf in jax.tree.leaves(model.weights))
     return {
@@ -68,6 +78,7 @@ def main(folder: Path, name: str, sizes: dict[str, int], overrides: dict[str, ob
         "logprobs": float(np.max(np.abs(many[1] - one[1]))),
         "loss": float(abs(many[1].sum() - one[1].sum()) / abs(one[1].sum())),
         "gradients": max(run.relative_error(many[2][key], one[2][key]) for key in one[2]),
+        "prefill": max(run.relative_error(*pair) for pair in zip(many[4], one[4], strict=True)),
         "same_tokens": one[3] == many[3],
         "sharded_weights": spread,
     }

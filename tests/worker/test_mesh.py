@@ -43,7 +43,7 @@ def test_a_mesh_gives_one_devices_results(case, tmp_path):
     assert child.returncode == 0, child.stderr[-3000:]
     result = json.loads(child.stdout.splitlines()[-1])
     assert result["sharded_weights"] > 0
-    for quantity in ("logits", "logprobs", "loss", "gradients"):
+    for quantity in ("logits", "logprobs", "loss", "gradients", "prefill"):
         assert result[quantity] <= 1e-4, result
     assert result["same_tokens"], result
 
