@@ -4,6 +4,7 @@ usage: python benchmarks/sampling_bench.py --data train.jsonl --stop 2,0 [--base
 
 | Phase     | Measures                                                                                               |
 |-----------|--------------------------------------------------------------------------------------------------------|
+| `first`   | one prompt × group short replies, and again: what the first samples of a started server take            |
 | `ragged`  | a round of RL sampling: prompts × group replies that end at real stop tokens, fresh prompts each round  |
 | `group`   | one prompt × n replies against n prompts of the same length × one reply                                 |
 | `latency` | a 16-token sample alone, with other samples in flight, and beside a tenant that trains without pause    |
@@ -29,6 +30,7 @@ from typing import Any
 from bench_client import BenchClient, add_flags, quantile, run_phases
 from tinker import types
 
+FIRST_PROMPT, FIRST_TOKENS = 64, 32
 LATENCY_TOKENS = 16
 MEMORY_POLL_S = 0.05
 
@@ -43,6 +45,13 @@ class SamplingBench(BenchClient):
 
     def prompts(self, count: int) -> list[list[int]]:
         return [self.prompt() for _ in range(count)]
+
+    def first(self) -> dict[str, Any]:
+        """A group of replies to one prompt, and one to another prompt of that length."""
+        first, again = (
+            self.sample_round(self.policy, [self.text(FIRST_PROMPT)], self.flags.group, FIRST_TOKENS) for _ in range(2)
+        )
+        return {"first_s": round(first["seconds"], 2), "again_s": round(again["seconds"], 2)}
 
     # ---- throughput -------------------------------------------------------------------------------------------
 

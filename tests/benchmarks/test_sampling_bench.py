@@ -21,14 +21,24 @@ SMALL = ["--rounds", "2", "--max-tokens", "12", "--batch", "2", "--prompts", "3"
 @pytest.mark.slow
 def test_sampling_bench(server: Server, drive: Callable[..., dict[str, dict]]) -> None:
     small = ["--group-size", "3", "--group-prompt", "40", "--group-tokens", "4", "--requests", "2", "--others", "4"]
-    more = [*small, "--pause", "0", "--phases", "memory,ragged,group,latency", "--engine-pid", str(server.process.pid)]
+    more = [
+        *small,
+        "--pause",
+        "0",
+        "--phases",
+        "memory,first,ragged,group,latency",
+        "--engine-pid",
+        str(server.process.pid),
+    ]
     results = drive("sampling_bench.py", *SMALL, *more)
-    assert list(results) == ["memory", "ragged", "group", "latency"]
+    assert list(results) == ["memory", "first", "ragged", "group", "latency"]
 
     memory = results["memory"]
     assert memory["fresh_rss_mb"] > 200  # JAX alone is more: the engine is counted, not only the API's process
     assert memory["warm_rss_mb"] <= memory["peak_rss_mb"]
     assert memory["sequences"] == 6
+
+    assert min(results["first"].values()) > 0
 
     ragged = results["ragged"]
     assert len(ragged["round_s"]) == len(ragged["round_tokens"]) == 2
