@@ -478,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sample_room=2 * ready.worker.decode_slots,  # so that slots never wait for the loop
                 ages=Uptime(config.recovery_folder / "uptime", settle_s=uptime.SETTLE_S),
             )
-            if config.warmup:
+            if config.warmup and not config.enforce_eager:
                 startup.warm_up(ready.worker, ready.registration, stopping.is_set)
             if not stopping.is_set():
                 collect_seldom()
