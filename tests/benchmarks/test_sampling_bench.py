@@ -38,7 +38,7 @@ def test_sampling_bench(server: Server, drive: Callable[..., dict[str, dict]]) -
     assert memory["warm_rss_mb"] <= memory["peak_rss_mb"]
     assert memory["sequences"] == 6
 
-    assert min(results["first"].values()) > 0
+    assert min(results["first"]["first_s"], results["first"]["again_s"]) > 0
 
     ragged = results["ragged"]
     assert len(ragged["round_s"]) == len(ragged["round_tokens"]) == 2
