@@ -21,15 +21,8 @@ SMALL = ["--rounds", "2", "--max-tokens", "12", "--batch", "2", "--prompts", "3"
 @pytest.mark.slow
 def test_sampling_bench(server: Server, drive: Callable[..., dict[str, dict]]) -> None:
     small = ["--group-size", "3", "--group-prompt", "40", "--group-tokens", "4", "--requests", "2", "--others", "4"]
-    more = [
-        *small,
-        "--pause",
-        "0",
-        "--phases",
-        "memory,first,ragged,group,latency",
-        "--engine-pid",
-        str(server.process.pid),
-    ]
+    phases = "memory,first,ragged,group,latency"
+    more = [*small, "--pause", "0", "--phases", phases, "--engine-pid", str(server.process.pid)]
     results = drive("sampling_bench.py", *SMALL, *more)
     assert list(results) == ["memory", "first", "ragged", "group", "latency"]
 

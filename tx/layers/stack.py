@@ -41,11 +41,9 @@ class LayerLora:
 
 def layer_lora(view: AdapterView | None, layer: int) -> LayerLora:
     """A layer's part of the view; of None, the base model's."""
-    return (
-        LayerLora({}, None, None)
-        if view is None
-        else LayerLora(view.adapter.layers[layer], view.gate, view.expert_gate)
-    )
+    if view is None:
+        return LayerLora({}, None, None)
+    return LayerLora(view.adapter.layers[layer], view.gate, view.expert_gate)
 
 
 class DecoderLayer(nnx.Module):

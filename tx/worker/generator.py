@@ -42,6 +42,7 @@ from tx.worker.decode_slots import DecodeSlots, Seat, Size, Sizes, bucket_blocks
 from tx.worker.groups import Group, check
 from tx.worker.memory import PROMPT_SHARE
 from tx.worker.prefill import Prefill, PrefillSizes, PromptSize, copy_to
+from tx.worker.shapes import power_of_two
 from tx.worker.snapshots import LiveAdapters, Snapshot
 from tx.worker.stopping import Detokenize
 
@@ -233,7 +234,7 @@ class Generator:
         owners: list[Snapshot | None] = [group.snapshot for group in groups]
         owners += [None] * (size[0] - len(owners))
         most_topk = max(group.request.topk_sample_logprobs for group in groups)
-        num_topk = max(_MIN_TOPK, 1 << (most_topk - 1).bit_length()) if most_topk else 0
+        num_topk = max(_MIN_TOPK, power_of_two(most_topk)) if most_topk else 0
         started = time.perf_counter()
         rows, view = self._rows(seats, size), self._adapters.view(owners)
         self._pool, drawn = self._decode_slice(self._pool, rows, view, steps, num_topk, self._call)
@@ -400,7 +401,7 @@ class Generator:
     def _clear(self, blocks: Sequence[int]) -> None:
         """Make blocks that hold numbers that aren't finite safe for whoever has them next."""
         assert self._pool is not None
-        size = 1 << (len(blocks) - 1).bit_length()
+        size = power_of_two(len(blocks))
         padded = [*blocks, *[self._table.num_blocks] * (size - len(blocks))]
         self._pool = programs.clear_blocks(self._pool, jnp.asarray(padded, jnp.int32))
 

@@ -188,16 +188,17 @@ class Passes:
         _read(batch, jobs, outputs)
         return outputs.gradients
 
-    def rehearse(self, weights: Adapter | None, ranks: Ranks, shape: Shape, forward_only: bool, call: Call) -> None:
-        """``call`` each program of a pass of this shape, of the base model (forward only) if there are no weights.
+    def rehearse(self, adapter: tuple[Adapter, Ranks] | None, shape: Shape, forward_only: bool, call: Call) -> None:
+        """``call`` each program of a pass of this shape; without an adapter, of the base model (forward only).
 
-        Nothing changes; ``weights`` may be shapes.
+        Nothing changes; the adapter's arrays may be shapes.
         """
-        host, trained = datums.lay_out([()] * shape.rows, shape), _trained(weights, ranks)
-        if weights is None or forward_only:
+        host = datums.lay_out([()] * shape.rows, shape)
+        trained = _BASE if adapter is None else _one(*adapter)
+        if adapter is None or forward_only:
             self._layerwise.forward(trained, host, call=call)
             return
-        sums, kept = (zeros_like(weights, call=call),), self._kept_layers(shape)
+        sums, kept = (zeros_like(adapter[0], call=call),), self._kept_layers(shape)
         (grads,) = self._layerwise.forward_backward(trained, sums, host, kept_layers=kept, call=call).gradients
         call(add, grads, grads)
 
@@ -211,7 +212,7 @@ class Passes:
     def _run(self, model_id: str, current: Pass, batch: MicroBatch) -> None:
         """Its results into the jobs, its gradients into the accumulator."""
         state, ranks = self._store.state(model_id), self._store.ranks(model_id)
-        trained = _trained(None if current.forward_only and state.is_base else state.weights, ranks)
+        trained = _BASE if current.forward_only and state.is_base else _one(state.weights, ranks)
         sums: tuple[Adapter, ...] | None = None
         if not current.forward_only:
             sums = (zeros_like(state.weights, call=self._call) if current.accumulator is None else current.accumulator,)
@@ -285,9 +286,12 @@ class Passes:
         return False
 
 
-def _trained(weights: Adapter | None, ranks: Ranks) -> Trained:
-    """One adapter, or None of the base model."""
-    return Trained((), None, None) if weights is None else with_scalings([weights], [ranks], ranks.padded[0])
+_BASE = Trained((), None, None)
+"""No adapter: the base model."""
+
+
+def _one(weights: Adapter, ranks: Ranks) -> Trained:
+    return with_scalings([weights], [ranks], ranks.padded[0])
 
 
 def with_scalings(weights: Sequence[Adapter], ranks: Sequence[Ranks], width: int) -> Trained:

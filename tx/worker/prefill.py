@@ -27,6 +27,7 @@ from tx.worker import programs
 from tx.worker.ahead import Call, directly
 from tx.worker.decode_slots import bucket_prefill_length
 from tx.worker.groups import Group
+from tx.worker.shapes import power_of_two
 from tx.worker.snapshots import Snapshot
 
 PromptKey = tuple[Snapshot | None, bytes]
@@ -314,7 +315,7 @@ def copy_to(pool: KVBlocks, blocks: Sequence[BlockOf], targets: Sequence[int], *
         sources.append(number)
         at.append(target)
     for array, sources, at in by_array.values():
-        padding = [0] * (max(_COPIES, 1 << (len(at) - 1).bit_length()) - len(at))
+        padding = [0] * (max(_COPIES, power_of_two(len(at))) - len(at))
         which, where = (jnp.asarray([*x, *padding], jnp.int32) for x in (sources, at))
         pool = programs.copy_blocks(pool, array, which, where, jnp.int32(len(at)), call=call)
     return pool
@@ -326,7 +327,7 @@ _COPIES = 64
 
 def _earlier_blocks(end: int) -> int:
     """Blocks of the pool that a piece continues, of a prompt of ``end`` tokens."""
-    return 1 << (kv_cache.num_blocks(end) - 1).bit_length()
+    return power_of_two(kv_cache.num_blocks(end))
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

@@ -147,8 +147,8 @@ class Trainer:
 
     def rehearse(self, lora: LoraConfig | None, shape: Shape, forward_only: bool, call: Call) -> None:
         """``call`` each program of a pass of this shape, of a model like this or (forward only) of the base model."""
-        weights = None if lora is None else self._store.outline(lora)
-        self._passes.rehearse(weights, self._store.ranks_of(lora or LoraConfig(1, seed=0)), shape, forward_only, call)
+        like = None if lora is None else (self._store.outline(lora), self._store.ranks_of(lora))
+        self._passes.rehearse(like, shape, forward_only, call)
 
     def rehearse_step(self, lora: LoraConfig, call: Call) -> None:
         """``call`` each program of an optim_step of a model like this."""
